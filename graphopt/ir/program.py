@@ -1,0 +1,271 @@
+"""Program: a functional ATen graph with named weights, and how it is called.
+
+The graph is a `torch.fx.Graph` of placeholders (the model's inputs, flat), `get_attr` nodes (weights, one node a tensor),
+ATen or `graphopt::` operators and one output (the model's outputs, flat). `Signature` maps the model's own calling
+convention to and from that flat form. Weights are shared between clones and replaced, never overwritten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import GraphoptError
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the model is called.
+
+    Attributes:
+        in_spec: pytree structure of `(args, kwargs)` as captured.
+        out_spec: pytree structure of the return value.
+        parameters: names of the parameters of the model's forward, in order; they allow a keyword input to be given
+            by position and the reverse.
+        inputs: the name of each flat input, as a user would write it (`x`, `features.mask`).
+    """
+
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the flat inputs of a call; GraphoptError where the call does not have the captured structure."""
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec == self.in_spec:
+            return leaves
+        args, kwargs = self._as_captured(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec != self.in_spec:
+            raise GraphoptError(
+                f"the inputs do not have the structure the model was captured with: expected {', '.join(self.inputs)}, "
+                f"got {len(leaves)} value(s) for {', '.join(self._given(args, kwargs)) or 'nothing'}"
+            )
+        return leaves
+
+    def _captured_names(self) -> tuple[list[str], list[str]]:
+        args_spec, kwargs_spec = self.in_spec.children()
+        return list(self.parameters[: args_spec.num_children]), list(kwargs_spec.context or [])
+
+    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+        return [*self.parameters[: len(args)], *kwargs]
+
+    def _as_captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move positional values to keywords and back, so that `f(a, b)` and `f(b=b, a=a)` are one call."""
+        given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        positional, keywords = self._captured_names()
+        if len(args) > len(self.parameters) or len(positional) > len(self.parameters):
+            return args, dict(kwargs)
+        # A parameter that was left at its default when captured may be passed as None: that is what leaving it means.
+        unknown = {k for k, v in given.items() if k not in (*positional, *keywords) and v is not None}
+        if unknown or any(name not in given for name in (*positional, *keywords)):
+            return args, dict(kwargs)
+        return tuple(given[name] for name in positional), {name: given[name] for name in keywords}
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes:
+        graph_module: the graph and its weights.
+        signature: the model's calling convention.
+        example_inputs: `(args, kwargs)` in the form of the signature.
+        aliases: tied names, `other name -> name in the graph`.
+        range_constraints: bounds of the symbolic dimensions, as torch.export states them.
+        notes: sentences about choices made on the way, shown in the report.
+    """
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    aliases: dict[str, str] = field(default_factory=dict)
+    range_constraints: dict[Any, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def nodes(self) -> Iterator[fx.Node]:
+        return iter(self.graph.nodes)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The flat outputs: nodes, or the constants a model returns beside them."""
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor the graph reads, by name, in graph order."""
+        return {str(node.target): self.weight(node) for node in self.graph.nodes if node.op == "get_attr"}
+
+    def weight(self, node_or_name: fx.Node | str) -> Tensor:
+        """Return the tensor behind a `get_attr` node or a weight's name."""
+        name = str(node_or_name.target) if isinstance(node_or_name, fx.Node) else node_or_name
+        value: Any = self.graph_module
+        for atom in name.split("."):
+            value = getattr(value, atom)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is not a tensor of this program")
+        return value
+
+    @property
+    def flat_example(self) -> list[Any]:
+        return self.signature.flatten(*self.example_inputs)
+
+    def run(self, flat_inputs: list[Any]) -> list[Any]:
+        """Run on flat inputs and return flat outputs."""
+        outputs: Any = self.graph_module(*flat_inputs)
+        return list(outputs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the model's own calling convention and return what the model returns."""
+        flat = self.run(self.signature.flatten(args, kwargs))
+        return pytree.tree_unflatten(flat, self.signature.out_spec)
+
+    def module(self) -> ProgramModule:
+        """Return an eval-mode `nn.Module` with the model's signature, outputs and parameter names; weights are shared."""
+        return ProgramModule(self)
+
+    def clone(self) -> Program:
+        """Return an independent graph over the same weight tensors."""
+        return self._with(graph_module(copy.deepcopy(self.graph), self.weight))
+
+    def map_weights(self, change: Callable[[str, Tensor], Tensor]) -> Program:
+        """Return a clone whose weight called `name` is `change(name, weight)`."""
+        return self._with(graph_module(copy.deepcopy(self.graph), lambda node: change(str(node.target), self.weight(node))))
+
+    def _with(self, module: fx.GraphModule) -> Program:
+        return Program(
+            module,
+            self.signature,
+            self.example_inputs,
+            dict(self.aliases),
+            dict(self.range_constraints),
+            list(self.notes),
+        )
+
+    def save(self, path: str | Path, trust: bool = False) -> None:
+        """Write a `.pt2` archive atomically; names, ties and provenance survive `Program.load`."""
+        from graphopt.ir.archive import save_program
+
+        save_program(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, trust: bool = False) -> Program:
+        """Read a `.pt2` archive written by `save` or by torch.export; see `graphopt.ir.archive` for what is refused."""
+        from graphopt.ir.archive import load_program
+
+        return load_program(Path(path), trust=trust)
+
+    def __str__(self) -> str:
+        from graphopt.ir.printing import program_text
+
+        return program_text(self)
+
+    def __repr__(self) -> str:
+        calls = sum(node.op == "call_function" for node in self.graph.nodes)
+        return f"<Program: {len(self.signature.inputs)} inputs, {calls} operators, {len(self.weights)} weights>"
+
+
+class ProgramModule(nn.Module):
+    """A Program as an ordinary module; its parameters, buffers and children are the graph module's own."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        inner = program.graph_module
+        object.__setattr__(self, "_program", program)
+        self._parameters = inner._parameters
+        self._buffers = inner._buffers
+        self._modules = inner._modules
+        self.eval()
+
+    @property
+    def program(self) -> Program:
+        return self._program  # type: ignore[return-value, unused-ignore]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.program(*args, **kwargs)
+
+
+def graph_module(graph: fx.Graph, weight: Callable[[fx.Node], Tensor]) -> fx.GraphModule:
+    """Build a GraphModule over `graph` whose `get_attr` nodes read `weight(node)`, stored under their dotted names."""
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            assign_weight(root, str(node.target), weight(node))
+    module = fx.GraphModule(root, graph, class_name="Program")
+    module.eval()
+    return module
+
+
+def assign_weight(root: nn.Module, name: str, value: Tensor) -> None:
+    """Store `value` under a dotted name, making plain modules on the way; a Parameter stays one, the rest are buffers."""
+    *path, leaf = name.split(".")
+    for atom in path:
+        if not hasattr(root, atom):
+            root.add_module(atom, nn.Module())
+        root = getattr(root, atom)
+    if isinstance(value, nn.Parameter):
+        root._buffers.pop(leaf, None)
+        root.register_parameter(leaf, value)
+    else:
+        root._parameters.pop(leaf, None)
+        if leaf in root._buffers:
+            root._buffers[leaf] = value
+        else:
+            root.register_buffer(leaf, value)
+
+
+def remove_weight(root: nn.Module, name: str) -> None:
+    """Delete the weight under a dotted name, and every module that this leaves empty."""
+    *path, leaf = name.split(".")
+    modules = [root]
+    for atom in path:
+        modules.append(getattr(modules[-1], atom))
+    delattr(modules[-1], leaf)
+    for parent, atom, child in reversed(list(zip(modules, path, modules[1:], strict=False))):
+        if not (child._parameters or child._buffers or child._modules):
+            delattr(parent, atom)
+
+
+def fake_value(node: fx.Node) -> Any:
+    """Return the node's abstract value (`meta["val"]`): a FakeTensor, a symbolic int, a constant or a tuple of these."""
+    return node.meta.get("val")
+
+
+def is_tensor(node: object) -> bool:
+    """True where `node` is an fx node whose value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def is_floating(node: object) -> bool:
+    """True where `node` is an fx node whose value is one floating-point tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point()
+
+
+def static_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the node's shape where every dimension is a plain number, else None."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return tuple(int(size) for size in value.shape)
+
+
+def is_symbolic(size: object) -> bool:
+    """True for a symbolic dimension."""
+    return isinstance(size, torch.SymInt)

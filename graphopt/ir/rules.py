@@ -1,0 +1,234 @@
+"""Rules: match a node, check the conditions, rewrite.
+
+A rule is a function `apply(match, rewriter)` with three declarations: `match(node) -> Match | None` finds its place;
+`needs` are conditions without which the rewrite would be wrong; `worth` are those without which it would gain nothing.
+A condition is a function `(match, program) -> str`: empty when it holds, else the sentence that says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from graphopt.ir.arguments import arguments, operator
+from graphopt.ir.program import Program, is_floating
+from graphopt.ir.rewriter import Rewriter
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a rule fits: `root` is the node it starts from, the rest is by name (nodes and plain values)."""
+
+    root: fx.Node
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.parts[name]
+
+    def get(self, name: str) -> Any:
+        return self.parts.get(name)
+
+    def node(self, name: str) -> fx.Node:
+        part = self.parts[name]
+        if not isinstance(part, fx.Node):
+            raise TypeError(f"{name} of the match at {self.root.name} is no node")
+        return part
+
+
+Condition = Callable[[Match, Program], str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rewrite with its declarations; see the module's docstring."""
+
+    name: str
+    match: Callable[[fx.Node], Match | None]
+    apply: Callable[[Match, Rewriter], None]
+    needs: tuple[Condition, ...] = ()
+    worth: tuple[Condition, ...] = ()
+
+    def declined(self, match: Match, program: Program) -> str:
+        """Return why the rule must not or should not fire at `match`, or an empty string."""
+        for condition in (*self.needs, *self.worth):
+            if reason := condition(match, program):
+                return reason
+        return ""
+
+
+def rule(
+    match: Callable[[fx.Node], Match | None], needs: Iterable[Condition] = (), worth: Iterable[Condition] = ()
+) -> Callable[[Callable[[Match, Rewriter], None]], Rule]:
+    """Turn `apply(match, rewriter)` into a Rule of the same name."""
+
+    def wrap(apply: Callable[[Match, Rewriter], None]) -> Rule:
+        return Rule(apply.__name__, match, apply, tuple(needs), tuple(worth))
+
+    return wrap
+
+
+def apply_rules(rules: Iterable[Rule], rewriter: Rewriter, allowed: Callable[[fx.Node], str] = lambda node: "") -> None:
+    """Apply every rule wherever it fits until none does; `allowed` says why a node is out of bounds, or nothing."""
+    rules = tuple(rules)
+    progress = True
+    while progress:
+        progress = False
+        for node in _live(rewriter.graph):
+            for each in rules:
+                match = each.match(node)
+                if match is None:
+                    continue
+                rewriter.rule = each.name
+                if reason := allowed(node) or each.declined(match, rewriter.program):
+                    rewriter.decline(node, reason)
+                    continue
+                before = len(rewriter.changes.edits)
+                each.apply(match, rewriter)
+                if len(rewriter.changes.edits) > before:
+                    progress = True
+                    break
+    rewriter.rule = ""
+
+
+def _live(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield calls that somebody reads, while the graph changes under the iteration."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.users and not node._erased:
+            yield node
+
+
+# Conditions -----------------------------------------------------------------------------------------------------------
+
+
+def constant(*names: str) -> Condition:
+    """The named parts are weights (a part that is None is fine)."""
+
+    def check(match: Match, program: Program) -> str:
+        for name in names:
+            part = match.get(name)
+            if isinstance(part, fx.Node) and part.op != "get_attr":
+                return f"{name} of {match.root.name} is computed by {part.name}, not a weight"
+        return ""
+
+    return check
+
+
+def floating(*names: str) -> Condition:
+    """The named parts are floating-point tensors."""
+
+    def check(match: Match, program: Program) -> str:
+        for name in names:
+            part = match.get(name)
+            if isinstance(part, fx.Node) and not is_floating(part):
+                return f"{name} of {match.root.name} ({part.name}) is not a floating-point tensor"
+        return ""
+
+    return check
+
+
+def sole_user(name: str) -> Condition:
+    """Nobody but one node reads the named part; otherwise it would be computed twice."""
+
+    def check(match: Match, program: Program) -> str:
+        part = match.node(name)
+        if len(part.users) > 1:
+            others = ", ".join(user.name for user in part.users)
+            return f"{part.name} is read by {len(part.users)} nodes ({others})"
+        return ""
+
+    return check
+
+
+def finite(*names: str) -> Condition:
+    """The named weights hold no NaN or infinity."""
+
+    def check(match: Match, program: Program) -> str:
+        for name in names:
+            part = match.get(name)
+            if isinstance(part, fx.Node) and part.op == "get_attr" and not bool(program.weight(part).isfinite().all()):
+                return f"weight {part.target} holds NaN or infinity"
+        return ""
+
+    return check
+
+
+# Patterns -------------------------------------------------------------------------------------------------------------
+
+Pattern = Callable[[object, dict[str, Any]], Iterator[dict[str, Any]]]
+
+
+def anything(name: str) -> Pattern:
+    """Match any value and bind it; a name bound before matches only the same value."""
+
+    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if name not in bound:
+            yield bound | {name: value}
+        elif bound[name] is value or (not isinstance(value, fx.Node) and bound[name] == value):
+            yield bound
+
+    return match
+
+
+def number(expected: float | None = None, name: str = "", tolerance: float = 1e-6) -> Pattern:
+    """Match a Python number (within a relative tolerance of `expected`), or a weight that `resolve_number` reads as one."""
+
+    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        if expected is None or abs(value - expected) <= tolerance * max(abs(expected), 1e-30):
+            yield bound | {name: value} if name else bound
+
+    return match
+
+
+def op(names: str, *inputs: Pattern, commutes: bool = False, bind: str = "", **attributes: Any) -> Pattern:
+    """Match a call of one of the operators in `names` (separated by `|`) whose leading arguments match `inputs`.
+
+    `commutes` tries the first two inputs both ways; `attributes` are schema arguments that must equal a value or satisfy
+    a predicate; `bind` names the node.
+    """
+    wanted = set(names.split("|"))
+
+    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not isinstance(value, fx.Node) or operator(value) not in wanted:
+            return
+        named = arguments(value)
+        for key, expected in attributes.items():
+            held = expected(named.get(key)) if callable(expected) else named.get(key) == expected
+            if not held:
+                return
+        given = list(named.values())[: len(inputs)]
+        if len(given) < len(inputs):
+            return
+        orders = [given, [given[1], given[0], *given[2:]]] if commutes and len(given) > 1 else [given]
+        for order in orders:
+            states = [bound | {bind: value} if bind else bound]
+            for pattern, argument in zip(inputs, order, strict=True):
+                states = [after for state in states for after in pattern(argument, state)]
+            yield from states
+
+    return match
+
+
+def either(*patterns: Pattern) -> Pattern:
+    """Match whichever of the patterns fits."""
+
+    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for pattern in patterns:
+            yield from pattern(value, bound)
+
+    return match
+
+
+def matching(pattern: Pattern) -> Callable[[fx.Node], Match | None]:
+    """Return a rule's `match` function for a pattern."""
+
+    def match(node: fx.Node) -> Match | None:
+        for bound in pattern(node, {}):
+            return Match(node, bound)
+        return None
+
+    return match

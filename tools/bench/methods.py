@@ -1,0 +1,51 @@
+"""The methods: graphopt and its peers. Each is a child script, the environment that it runs in, and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OWN = "graphopt"  # the environment that tools/setup makes
+
+
+@dataclass(frozen=True)
+class Method:
+    """`script` lies in children/; `environment` is OWN or a name with a pinned list in peers/NAME.txt.
+
+    A peer starts from the fp32 export, whose time and memory are therefore counted as its own (`from_export`).
+    """
+
+    name: str
+    summary: str
+    script: str
+    environment: str = OWN
+    from_export: bool = True
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "graphopt",
+            "graphopt.optimize(recipe='int8') and export",
+            "graphopt_int8.py",
+            from_export=False,
+            options={"recipe": "int8"},
+        ),
+        Method(
+            "onnxruntime",
+            "quant_pre_process, then quantize_static: QDQ, per channel, uint8 activations, int8 weights, min-max",
+            "onnxruntime_int8.py",
+            environment="onnxruntime",
+        ),
+        Method("nncf", "nncf.quantize, default preset", "nncf_int8.py", environment="nncf"),
+        Method(
+            "nncf-mixed",
+            "nncf.quantize, preset MIXED (asymmetric activations)",
+            "nncf_int8.py",
+            environment="nncf",
+            options={"preset": "mixed"},
+        ),
+    )
+}
