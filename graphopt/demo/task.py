@@ -28,7 +28,8 @@ def model(progress: Progress | None = None) -> tuple[nn.Module, tuple[Tensor]]:
     The first call on a machine trains for about a minute and keeps the weights (`GRAPHOPT_CACHE`); `progress` is then
     called as `progress(steps_done, steps_in_all)`. Raises GraphoptError where the extra [demo] is not installed.
     """
-    return trained(TrainingConfig(), progress), (digits().train_images[:BATCH_SIZE],)
+    # A clone: torch.save writes the whole storage behind a slice, here all training images.
+    return trained(TrainingConfig(), progress), (digits().train_images[:BATCH_SIZE].clone(),)
 
 
 def evaluate(model: Callable[[Tensor], Tensor]) -> float:
@@ -48,4 +49,4 @@ def evaluate(model: Callable[[Tensor], Tensor]) -> float:
 def calibration() -> list[tuple[Tensor]]:
     """Return 16 batches [16, 3, 32, 32] of training images, each in the form of `model()`'s example inputs."""
     images = digits().train_images[: BATCH_SIZE * CALIBRATION_BATCHES]
-    return [(batch,) for batch in images.split(BATCH_SIZE)]
+    return [(batch.clone(),) for batch in images.split(BATCH_SIZE)]

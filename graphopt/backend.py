@@ -1,0 +1,67 @@
+"""Backend: the protocol by which the core lowers, runs and measures a Program without importing any backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from graphopt.ir.program import Program
+from graphopt.target import Target
+
+
+@dataclass
+class ExportReport:
+    """What was written and what a real runtime made of it.
+
+    Attributes:
+        path: the file. size_bytes: of the file and its external data. opset: of the default ONNX domain.
+        fused: integer operators in the runtime's optimized graph, `type -> count`.
+        unfused: `(node, reason)` for operators with Q/DQ that run a float kernel, and for Q/DQ left over.
+        sqnr_db: signal to quantization noise of the outputs against the float model, the worst output.
+        max_steps: largest difference to the torch emulation, in quantization steps of that output (of 1/255 of its range
+            where the output is not quantized).
+        latency_ms, baseline_latency_ms: medians of this file and of the float export, interleaved, one thread;
+            None where not measured.
+        baseline_size_bytes: of the float export.
+        slow_nodes: where the time went, filled in when the file is slower than its baseline.
+        notes: sentences about what was decided on the way.
+    """
+
+    path: Path
+    size_bytes: int
+    opset: int
+    fused: dict[str, int] = field(default_factory=dict)
+    unfused: list[tuple[str, str]] = field(default_factory=list)
+    sqnr_db: float | None = None
+    max_steps: float | None = None
+    latency_ms: float | None = None
+    baseline_latency_ms: float | None = None
+    baseline_size_bytes: int | None = None
+    slow_nodes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Latency of this file over that of the float export."""
+        if self.latency_ms is None or not self.baseline_latency_ms:
+            return None
+        return self.latency_ms / self.baseline_latency_ms
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a backend offers."""
+
+    name: str
+    targets: Sequence[Target]
+
+    def lower(self, program: Program, path: Path) -> int:
+        """Write `program` to `path` atomically and return the opset (or format version)."""
+
+    def run(self, path: Path, flat_inputs: Sequence[Any]) -> list[Any]:
+        """Run the file on flat inputs and return flat outputs as numpy arrays."""
+
+    def export(self, program: Program, path: Path, baseline: Program | None, measure: bool) -> ExportReport:
+        """Lower, check, run, compare with `program` and `baseline`, and measure."""

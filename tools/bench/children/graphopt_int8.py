@@ -1,0 +1,33 @@
+"""graphopt, through its public surface only. Job: folder, calibration, output, options.recipe."""
+
+from __future__ import annotations
+
+import time
+
+import material
+import protocol
+
+import graphopt
+
+
+def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
+    model, inputs = material.model(job["folder"])
+    batches = material.batches(job["calibration"], like=inputs)
+    with clock.running():
+        start = time.perf_counter()
+        result = graphopt.optimize(model, inputs, recipe=job["options"]["recipe"], calibration=batches)
+        optimized = time.perf_counter()
+        report = result.export(job["output"])
+        exported = time.perf_counter()
+    return {
+        "versions": protocol.versions("graphopt", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir"),
+        "detail": {
+            "optimize_seconds": optimized - start,
+            "export_seconds": exported - optimized,
+            "reported_unfused": [list(entry) for entry in report.unfused],
+        },
+    }
+
+
+if __name__ == "__main__":
+    protocol.main(work)

@@ -1,0 +1,55 @@
+"""The peer onnxruntime.quantization with the settings that its documentation recommends for CNNs on x86.
+
+Job: fp32, calibration, output, vnni. Runs in the peer's environment. "Quantize ONNX Models" recommends pre-processing, QDQ,
+per-channel int8 weights with uint8 activations, and `reduce_range` on CPUs without VNNI, where the 8-bit products saturate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import protocol
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+
+class Samples(CalibrationDataReader):  # type: ignore[misc]  # the package publishes no types
+    """The batches of an npz, one at a time."""
+
+    def __init__(self, path: str) -> None:
+        self.batches = self._read(path)
+
+    @staticmethod
+    def _read(path: str) -> Iterator[dict[str, Any]]:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        for index in range(len(next(iter(arrays.values())))):
+            yield {name: array[index] for name, array in arrays.items()}
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.batches, None)
+
+
+def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
+    prepared = Path(job["output"]).with_suffix(".pre.onnx")
+    with clock.running():
+        quant_pre_process(job["fp32"], prepared)
+        quantize_static(
+            prepared,
+            job["output"],
+            Samples(job["calibration"]),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            reduce_range=job["vnni"] is False,
+        )
+    prepared.unlink()
+    return {"versions": protocol.versions("onnxruntime", "onnx")}
+
+
+if __name__ == "__main__":
+    protocol.main(work)
