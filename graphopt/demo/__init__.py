@@ -1,4 +1,4 @@
-"""The demo: a residual CNN trained on scikit-learn's digits, its data and its metric. Needs the extra [demo]."""
+"""The demo: a residual CNN trained on scikit-learn's digits, its data and its metric (extra [demo])."""
 
 from graphopt.demo.data import Digits, digits
 from graphopt.demo.network import ResidualCNN

@@ -9,16 +9,16 @@ import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from graphopt.demo import data, network, training
 from graphopt.demo.data import digits
 from graphopt.demo.network import ResidualCNN
 from graphopt.demo.training import Progress, TrainingConfig, train
-from graphopt.errors import GraphoptError
 
 
 def cache_folder() -> Path:
@@ -27,23 +27,24 @@ def cache_folder() -> Path:
 
 
 def weights_path(config: TrainingConfig, folder: Path | None = None) -> Path:
-    """Where the weights that `config` trains are kept: the name changes with all that could change the weights.
+    """Where the weights that `config` trains are kept; the name changes with all that could change them.
 
     That is the configuration, torch's version, and the source of the network, the data and the training.
     """
     parts = [repr(sorted(asdict(config).items())), torch.__version__]
-    parts += [_source(module) for module in (network, data, training)]
+    parts += [inspect.getsource(module) for module in (network, data, training)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return (folder or cache_folder()) / f"demo-{digest}.safetensors"
 
 
-def trained(config: TrainingConfig, progress: Progress | None = None, folder: Path | None = None) -> ResidualCNN:
-    """Return the network of `config` in eval mode, from the cache or, where it holds no sound weights, by training.
+def trained(
+    config: TrainingConfig, progress: Progress | None = None, folder: Path | None = None
+) -> ResidualCNN:
+    """Return the network of `config` in eval mode: from the cache, else trained and then kept there.
 
-    A damaged file is trained anew and replaced. Where the cache cannot be written, a warning says so and the network is
-    returned all the same. Raises GraphoptError where the extra [demo] is not installed.
+    A damaged file is trained anew and replaced. Where the cache cannot be written, a warning says so and the
+    network is returned all the same. Raises GraphoptError where the extra [demo] is not installed.
     """
-    _require_safetensors()
     path = weights_path(config, folder)
     model = ResidualCNN(config.channels, config.blocks).eval()
     weights = _read(path, model.state_dict())
@@ -55,8 +56,8 @@ def trained(config: TrainingConfig, progress: Progress | None = None, folder: Pa
         _write(path, model.state_dict())
     except OSError as error:
         warnings.warn(
-            f"The demo's trained weights could not be kept in {path.parent} ({error.strerror or error}), so the next run "
-            "trains again; set GRAPHOPT_CACHE to a folder that can be written.",
+            f"The demo's trained weights could not be kept in {path.parent} ({error.strerror or error}), "
+            "so the next run trains again; set GRAPHOPT_CACHE to a folder that can be written.",
             stacklevel=2,
         )
     return model
@@ -64,8 +65,6 @@ def trained(config: TrainingConfig, progress: Progress | None = None, folder: Pa
 
 def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
     """The weights in `path`, or None where it is absent, unreadable, damaged or of another network."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping, only keys())
@@ -80,9 +79,8 @@ def _read(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor] | None:
 
 def _write(path: Path, weights: dict[str, Tensor]) -> None:
     """Write the file whole or not at all: a reader, or a second run, never sees half of it."""
-    from safetensors.torch import save
-
-    content = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"sha256": _digest(weights)})
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    content = save(tensors, {"sha256": _digest(weights)})
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
@@ -106,14 +104,3 @@ def _digest(weights: dict[str, Tensor]) -> str:
 
 def _signature(weights: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-
-
-def _source(module: ModuleType) -> str:
-    return inspect.getsource(module)
-
-
-def _require_safetensors() -> None:
-    try:
-        import safetensors  # noqa: F401 (only whether it is there)
-    except ImportError as error:
-        raise GraphoptError("The demo needs safetensors for its weights: run pip install 'graphopt[demo]'.") from error

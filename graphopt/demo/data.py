@@ -24,9 +24,9 @@ IMAGE_SIZE = 32
 class Digits:
     """The data set, split and normalised.
 
-    train_images: [1000, 3, 32, 32] and test_images: [797, 3, 32, 32], float32, with mean 0 and standard deviation 1
-    over the training images; the three channels are equal. train_labels: [1000] and test_labels: [797], int64, 0-9.
-    train_rows, test_rows: which rows of scikit-learn's data set they are.
+    train_images: [1000, 3, 32, 32] and test_images: [797, 3, 32, 32], float32, with mean 0 and standard
+    deviation 1 over the training images; the three channels are equal. train_labels: [1000] and
+    test_labels: [797], int64, 0-9. train_rows, test_rows: which rows of scikit-learn's data set they are.
     """
 
     train_images: Tensor
@@ -47,7 +47,8 @@ def digits() -> Digits:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise GraphoptError("The demo needs scikit-learn for its images: run pip install 'graphopt[demo]'.") from error
+        message = "The demo needs scikit-learn for its images: run pip install 'graphopt[demo]'."
+        raise GraphoptError(message) from error
 
     scans, classes = load_digits(return_X_y=True)
     train, test = train_test_split(
@@ -59,7 +60,8 @@ def digits() -> Digits:
         random_state=SPLIT_SEED,
     )
     train_rows, test_rows = torch.tensor(train), torch.tensor(test)
-    grey = torch.from_numpy(scans).float().reshape(-1, 1, 8, 8) / 16  # the scans count 0-16 dark pixels per 4x4 cell
+    # A scan counts the dark pixels, 0-16, of each 4x4 cell.
+    grey = torch.from_numpy(scans).float().reshape(-1, 1, 8, 8) / 16
     images = functional.interpolate(grey, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
     # The statistics are the training images' alone: test images must leave no trace in what the model sees.
     std, mean = torch.std_mean(images[train_rows], correction=0)

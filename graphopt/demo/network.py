@@ -10,7 +10,7 @@ class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: `relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`.
 
     The shortcut is the identity, or a strided 1x1 projection where the shape changes.
-    x: [batch, in_channels, height, width]  ->  [batch, out_channels, height / stride, width / stride].
+    x: [batch, in_channels, height, width] -> [batch, out_channels, height / stride, width / stride].
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -31,9 +31,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """A stem, one stage of residual blocks for each entry of `channels`, global average pooling and a classifier.
+    """A stem, one stage of residual blocks per entry of `channels`, global average pooling and a classifier.
 
-    Every stage but the first halves height and width. x: [batch, 3, height, width]  ->  logits [batch, classes].
+    Every stage but the first halves height and width.
+    x: [batch, 3, height, width] -> logits [batch, classes].
     """
 
     def __init__(self, channels: tuple[int, ...] = (16, 32, 64), blocks: int = 3, classes: int = 10) -> None:

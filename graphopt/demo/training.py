@@ -1,4 +1,4 @@
-"""Train the demo's network: stochastic gradient descent with one warm-up and one decay, on shifted and turned images."""
+"""Train the demo's network: momentum SGD, one warm-up and one decay, on shifted and turned images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Progress = Callable[[int, int], None]
 class TrainingConfig:
     """Everything that decides the trained weights, apart from the versions of graphopt and torch.
 
-    shift_pixels, turn_degrees and zoom bound the random change of each training image; `peak_learning_rate` is reached
-    after `warmup` (a fraction of the steps) and falls to zero along a cosine.
+    shift_pixels, turn_degrees and zoom bound the random change of each training image; `peak_learning_rate`
+    is reached after `warmup` (a fraction of the steps) and falls to zero along a cosine.
     """
 
     channels: tuple[int, ...] = (16, 32, 64)
@@ -46,9 +46,9 @@ class TrainingConfig:
 def train(config: TrainingConfig, data: Digits, progress: Progress | None = None) -> ResidualCNN:
     """Return a network trained on the first `config.images` training images, in eval mode.
 
-    Deterministic: equal configurations give equal weights on one machine. It draws from generators of its own, leaves
-    torch's global random state as it was, and runs on `config.threads` threads because the order of sums, and so the
-    last bits of the weights, depends on their number. Test images and labels are not read.
+    Deterministic: equal configurations give equal weights on one machine. It leaves torch's global random
+    state as it was, and runs on `config.threads` threads because the order of sums, and so the last bits of the
+    weights, depends on their number. Test images and labels are not read.
     """
     images, labels = data.train_images[: config.images], data.train_labels[: config.images]
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
@@ -62,13 +62,13 @@ def train(config: TrainingConfig, data: Digits, progress: Progress | None = None
         step = 0
         for _ in range(config.epochs):
             order = torch.randperm(len(images), generator=generator)
-            for rows in order.split(config.batch_size):
+            for rows in torch.split(order, config.batch_size):
                 for group in optimizer.param_groups:
                     group["lr"] = config.peak_learning_rate * _schedule(step / steps, config.warmup)
                 logits = model(_augment(images[rows], config, generator))
                 loss = functional.cross_entropy(logits, labels[rows], label_smoothing=config.label_smoothing)
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 step += 1
                 if progress is not None:
@@ -80,7 +80,10 @@ def _optimizer(model: ResidualCNN, config: TrainingConfig) -> torch.optim.SGD:
     # Decay pulls weights only: decaying a norm's gain or a bias changes the function without regularising it.
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.SGD(groups, lr=config.peak_learning_rate, momentum=config.momentum, nesterov=True)
 
 

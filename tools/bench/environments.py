@@ -1,4 +1,4 @@
-"""The virtual environments: our own from tools/setup, one for each peer in .venvs/NAME from peers/NAME.txt."""
+"""The virtual environments: our own from tools/setup; each peer's in .venvs/NAME from peers/NAME.txt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = BENCH.parent.parent
 
 
 def python_of(environment: str) -> Path:
-    """The interpreter of `environment`, which is made or brought up to date first; quick when nothing changed.
+    """The interpreter of `environment`, made or brought up to date first; quick when nothing changed.
 
     Raises subprocess.CalledProcessError when installing fails.
     """
@@ -30,7 +30,7 @@ def python_of(environment: str) -> Path:
         return python
     print(f"making .venvs/{environment} from {requirements.relative_to(ROOT)}", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, "--requirement", requirements], check=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, "--requirement", str(requirements)], check=True)
     stamp.write_text(digest)
     return python

@@ -15,7 +15,7 @@ BASELINE = "fp32"
 
 @dataclass(frozen=True)
 class Limit:
-    """`quantity` of our record is at most `at_most`; with `against_peers`, its ratio to the smallest of the peers'."""
+    """`quantity` of our record, or with `against_peers` its ratio to the smallest peer's, is at most this."""
 
     quantity: str
     at_most: float
@@ -38,7 +38,7 @@ class Verdict:
 
 
 def check(limit: Limit, records: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    """Check one limit on the records of one run of one task, by method name. A missing figure is never a pass."""
+    """Check one limit on one run of one task, records by method. A missing figure is never a pass."""
     ours = records.get(OURS)
     if ours is None:
         return Verdict(limit, None, None, f"{OURS} was not measured")

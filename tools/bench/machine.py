@@ -30,7 +30,7 @@ def has_integer_dot_product() -> bool | None:
 
 
 def describe() -> dict[str, object]:
-    """CPU model, family and model number (a hypervisor may hide the name), VNNI, core count, memory, system, Python."""
+    """CPU name, family and model (a hypervisor may hide the name), VNNI, cores, memory, system, Python."""
     cpu = _cpuinfo()
     try:
         memory_bytes: int | None = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

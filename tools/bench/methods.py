@@ -1,4 +1,4 @@
-"""The methods: graphopt and its peers. Each is a child script, the environment that it runs in, and its settings."""
+"""The methods: graphopt and its peers. Each is a child script, its environment and its settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OWN = "graphopt"  # the environment that tools/setup makes
 class Method:
     """`script` lies in children/; `environment` is OWN or a name with a pinned list in peers/NAME.txt.
 
-    A peer starts from the fp32 export, whose time and memory are therefore counted as its own (`from_export`).
+    A peer starts from the fp32 export, whose time and memory therefore count as its own (`from_export`).
     """
 
     name: str
@@ -35,7 +35,7 @@ METHODS = {
         ),
         Method(
             "onnxruntime",
-            "quant_pre_process, then quantize_static: QDQ, per channel, uint8 activations, int8 weights, min-max",
+            "quant_pre_process, quantize_static: QDQ, per channel, uint8 activations, int8 weights, min-max",
             "onnxruntime_int8.py",
             environment="onnxruntime",
         ),

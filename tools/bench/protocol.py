@@ -1,8 +1,8 @@
 """How the runner and its child processes talk: one JSON file in, one JSON file out.
 
-The runner starts `python children/X.py JOB.json`. The job holds what the child needs and, under `result`, where to write its
-answer. Each child is a process of its own so that its time and peak memory are its own; it may live in a peer's virtual
-environment, so this module needs the standard library only.
+The runner starts `python children/X.py JOB.json`. The job holds what the child needs and, under `result`,
+where to write its answer. Each child is a process of its own so that its time and peak memory are its own; it
+may live in a peer's virtual environment, so this module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Clock:
 
 
 def main(work: Callable[[Job, Clock], Result]) -> None:
-    """Run a child: read the job named on the command line, do `work`, write its result with time and peak memory."""
+    """Run a child: read the job named on the command line, do `work`, write its result, time and peak."""
     job: Job = json.loads(Path(sys.argv[1]).read_text())
     clock = Clock()
     result = work(job, clock)

@@ -10,10 +10,12 @@ from typing import Any
 
 SCHEMA = 1
 Record = dict[str, Any]
-"""schema, run, date (UTC), commit, task, method, machine, threads, rounds, versions, figures {quantity: value}, detail, error.
+"""schema, run, date (UTC), commit, task, method, machine, threads, rounds, versions, figures {quantity:
+value}, detail, error.
 
-Quantities carry their unit in the name; ratios are to the fp32 file of the same run. `total_seconds` is optimization plus, for
-a method that starts from the fp32 export, that export; `peak_bytes` the larger of the two processes'.
+Quantities carry their unit in the name; ratios are to the fp32 file of the same run. `total_seconds` is
+optimization plus, for a method that starts from the fp32 export, that export; `peak_bytes` the larger of the
+two processes'.
 """
 
 
@@ -28,7 +30,7 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All records of a file, oldest first. Raises ValueError naming the line that is not a record of this schema."""
+    """All records of a file, oldest first. Raises ValueError naming a line that is no such record."""
     records = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:

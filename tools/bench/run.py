@@ -5,8 +5,8 @@
     tools/bench/run.py --task cnn50                          every method; tables and limits at the end
     tools/bench/run.py --task cnn50 --method onnxruntime     one of them (fp32 is always measured)
 
-Needs python3 alone: environments are made on demand. Each step is a process of its own, whose time and peak memory are
-measured; latency of all files is measured interleaved in one process with one thread.
+Needs python3 alone: environments are made on demand. Each step is a process of its own, whose time and peak
+memory are measured; latency of all files is measured interleaved in one process with one thread.
 """
 
 from __future__ import annotations
@@ -73,16 +73,19 @@ class Runner:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(ROOT)]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
-def run_task(name: str, methods: Sequence[Method], work: Path, rounds: int, timeout_seconds: int) -> list[records.Record]:
+def run_task(
+    name: str, methods: Sequence[Method], work: Path, rounds: int, timeout_seconds: int
+) -> list[records.Record]:
     """All steps of one task; a method that fails has a record with its error, and the others go on.
 
     Raises ChildFailed when the material, the baseline or the measurement itself cannot be had.
@@ -161,12 +164,14 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--list", action="store_true", help="list tasks and methods, run nothing")
-    parser.add_argument("--task", action="append", choices=sorted(TASKS), help="repeatable; default: all")
-    parser.add_argument("--method", action="append", choices=sorted(METHODS), help="repeatable; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/results.jsonl", help="appended to; default: %(default)s")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/bench", help="models and logs; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=60, help="timings of each file; default: %(default)s")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds for each step; default: %(default)s")
+    add = parser.add_argument
+    runs = ROOT / "runs" / "bench"
+    add("--task", action="append", choices=sorted(TASKS), help="repeatable; default: all")
+    add("--method", action="append", choices=sorted(METHODS), help="repeatable; default: all")
+    add("--out", type=Path, default=runs / "results.jsonl", help="appended to; default: %(default)s")
+    add("--work", type=Path, default=runs, help="models and logs; default: %(default)s")
+    add("--rounds", type=int, default=60, help="timings of each file; default: %(default)s")
+    add("--timeout", type=int, default=1800, help="seconds for each step; default: %(default)s")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2: the spread is part of the record.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,11 @@ def _number(figures: Row, name: str, form: str, divide_by: float = 1) -> str:
     return "" if value is None else format(value / divide_by, form)
 
 
-COLUMNS = {
+def _kernels(figures: Row) -> str:
+    return f"{figures['integer_kernels']} / {figures['float_kernels']}" if "float_kernels" in figures else ""
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
     "latency ms": lambda f: _number(f, "latency_ms", ".2f"),
     "÷ fp32": lambda f: _number(f, "latency_ratio", ".3f"),
     "size MB": lambda f: _number(f, "size_bytes", ".2f", 1e6),
@@ -32,7 +36,7 @@ COLUMNS = {
     "SQNR dB": lambda f: _number(f, "sqnr_db", ".1f"),
     "metric": lambda f: _number(f, "metric", ".2f"),
     "drop": lambda f: _number(f, "metric_drop", "+.2f"),
-    "integer / float kernels": lambda f: f"{f['integer_kernels']} / {f['float_kernels']}" if "float_kernels" in f else "",
+    "integer / float kernels": _kernels,
     "left Q/DQ": lambda f: _number(f, "leftover_qdq", "d"),
     "seconds": lambda f: _number(f, "total_seconds", ".1f"),
     "peak MB": lambda f: _number(f, "peak_bytes", ".0f", 1e6),
@@ -40,7 +44,7 @@ COLUMNS = {
 
 
 def render(group: Mapping[str, records.Record]) -> str:
-    """The table of one run of one task: a heading, what it was measured on, a row per method; empty columns left out."""
+    """The table of one run of one task: a heading, what it was measured on, a row per method."""
     first = next(iter(group.values()))
     order = sorted(group, key=lambda name: name != BASELINE)
     rows = {name: {title: cell(group[name]["figures"]) for title, cell in COLUMNS.items()} for name in order}
@@ -51,9 +55,9 @@ def render(group: Mapping[str, records.Record]) -> str:
     lines = [
         f"### {first['task']}" + (f": {task.summary}" if task else ""),
         "",
-        f"{machine['cpu']} ({vnni}), {machine['cores']} cores; latency: {first['threads']} thread, median of {first['rounds']} "
-        f"interleaved rounds, ONNX Runtime {first['versions'].get('onnxruntime', '?')}; commit {first['commit']}, "
-        f"{first['date']}.",
+        f"{machine['cpu']} ({vnni}), {machine['cores']} cores; latency: {first['threads']} thread, median of "
+        f"{first['rounds']} interleaved rounds, ONNX Runtime {first['versions'].get('onnxruntime', '?')}; "
+        f"commit {first['commit']}, {first['date']}.",
         "",
         "| method | " + " | ".join(title.strip() for title in titles) + " |",
         "|---|" + "---:|" * len(titles),
@@ -64,7 +68,7 @@ def render(group: Mapping[str, records.Record]) -> str:
 
 
 def render_limits(group: Mapping[str, records.Record]) -> tuple[str, bool]:
-    """One line per limit of the task, and whether none is broken; a limit that could not be checked is said, not passed."""
+    """One line per limit of the task, and whether none is missed; what could not be checked is said."""
     task = TASKS.get(next(iter(group.values()))["task"])
     lines, holds = [], True
     for verdict in (check(limit, group) for limit in (task.limits if task else ())):

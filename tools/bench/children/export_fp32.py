@@ -1,4 +1,4 @@
-"""Export the task's model as it is: the baseline, and what the peers start from. Job: folder, output."""
+"""Export the task's model as it is: the baseline, and the peers' start. Job: task, folder, output."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
             job["output"],
             kwargs=inputs if isinstance(inputs, dict) else None,
             dynamo=True,
+            dynamic_shapes=material.dynamic_shapes(job["task"]),
             opset_version=20,
             external_data=weight_bytes > ONE_FILE_BYTES,
             verbose=False,

@@ -1,4 +1,4 @@
-"""graphopt, through its public surface only. Job: folder, calibration, output, options.recipe."""
+"""graphopt, through its public surface only. Job: task, folder, calibration, output, options.recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
     batches = material.batches(job["calibration"], like=inputs)
     with clock.running():
         start = time.perf_counter()
-        result = graphopt.optimize(model, inputs, recipe=job["options"]["recipe"], calibration=batches)
+        result = graphopt.optimize(
+            model,
+            inputs,
+            recipe=job["options"]["recipe"],
+            calibration=batches,
+            dynamic_shapes=material.dynamic_shapes(job["task"]),
+        )
         optimized = time.perf_counter()
         report = result.export(job["output"])
         exported = time.perf_counter()

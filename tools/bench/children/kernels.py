@@ -1,4 +1,4 @@
-"""Which kernels a file really runs on: read from the graph that ONNX Runtime made of it, whoever wrote the file."""
+"""Which kernels a file really runs on: read from the graph that ONNX Runtime made of it, whoever wrote it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ import onnx
 import onnxruntime
 
 INTEGER = frozenset(
-    "ConvInteger DynamicQuantizeMatMul MatMulInteger MatMulIntegerToFloat MatMulNBits QAttention QGemm QLinearConv "
-    "QLinearConvTranspose QLinearMatMul".split()
+    (
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QGemm",
+        "QLinearConv",
+        "QLinearConvTranspose",
+        "QLinearMatMul",
+    )
 )
-FLOAT = frozenset("Attention Conv ConvTranspose FusedConv FusedGemm FusedMatMul Gemm MatMul".split())
+FLOAT = frozenset(
+    ("Attention", "Conv", "ConvTranspose", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul")
+)
 CASTS = frozenset(("QuantizeLinear", "DequantizeLinear"))
 
 
@@ -27,7 +39,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def optimized_graph(path: str) -> Any:
-    """The graph after ONNX Runtime's hardware-independent optimizations, the level at which it fuses Q and DQ."""
+    """The graph after ONNX Runtime's extended optimizations, the level at which it fuses Q and DQ."""
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -40,8 +52,8 @@ def optimized_graph(path: str) -> Any:
 def count_kernels(path: str) -> dict[str, int]:
     """Count heavy operators on integer and float kernels, and the Q/DQ left over.
 
-    A Q at a graph input and a DQ at a graph output are borders of the integer part and not counted. `unfused` is the sum
-    of float heavy operators and leftover Q/DQ.
+    A Q at a graph input and a DQ at a graph output are borders of the integer part and not counted. `unfused`
+    is the sum of float heavy operators and leftover Q/DQ.
     """
     graph = optimized_graph(path)
     inputs = {value.name for value in graph.input}

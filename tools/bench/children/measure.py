@@ -1,4 +1,4 @@
-"""Measure every file of a task in one process: latency interleaved, error against fp32, size, and which kernels run.
+"""Measure every file of a task in one process: latency interleaved, error against fp32, size, kernels.
 
 Job: task, heldout, files {name: path} with `fp32` first among them, rounds.
 """
@@ -37,11 +37,12 @@ def read_feeds(path: str) -> list[Feed]:
     """The held-out batches, by input name."""
     with np.load(path, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    return [{name: array[i] for name, array in arrays.items()} for i in range(len(next(iter(arrays.values()))))]
+    count = len(next(iter(arrays.values())))
+    return [{name: array[index] for name, array in arrays.items()} for index in range(count)]
 
 
 def latencies_ms(sessions: dict[str, Any], feeds: list[Feed], rounds: int) -> dict[str, list[float]]:
-    """`rounds` timings of each session, one of each per round, the order turning so that none always follows another."""
+    """`rounds` timings of each session, one of each per round, each in turn going first."""
     names = list(sessions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-WARM_UP_ROUNDS, rounds):
@@ -57,7 +58,7 @@ def latencies_ms(sessions: dict[str, Any], feeds: list[Feed], rounds: int) -> di
 
 
 def sqnr_db(reference: list[list[Any]], other: list[list[Any]]) -> float | None:
-    """10·log10(Σ reference² / Σ (other − reference)²) over all floating outputs; None where they are equal."""
+    """10·log10(Σ reference² / Σ (other − reference)²) over all floating outputs; None where equal."""
     signal = noise = 0.0
     for expected_outputs, outputs in zip(reference, other, strict=True):
         for expected, output in zip(expected_outputs, outputs, strict=True):
@@ -82,7 +83,7 @@ def file_bytes(path: str) -> int:
 
 
 def stripped_bytes(path: str) -> int:
-    """Bytes that the model would have without metadata and doc strings, which are not part of the function."""
+    """Bytes of the model without metadata and doc strings, which are not part of the function."""
     model = onnx.load(path, load_external_data=False)
     external = file_bytes(path) - model.ByteSize()
     holders: list[Any] = [model, model.graph, *model.graph.node, *model.graph.initializer, *model.functions]
@@ -91,7 +92,7 @@ def stripped_bytes(path: str) -> int:
     for holder in holders:
         holder.ClearField("doc_string")
         holder.ClearField("metadata_props")
-    return model.ByteSize() + external
+    return int(model.ByteSize() + external)
 
 
 def rate(task: str, path: str) -> float | None:

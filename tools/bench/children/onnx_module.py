@@ -8,7 +8,7 @@ import torch
 
 
 class OnnxModule(torch.nn.Module):
-    """Runs `session` on positional or keyword tensors; a file with a fixed batch size is fed in pieces of that size."""
+    """Runs `session` on positional or keyword tensors; a fixed batch size is fed in pieces of that size."""
 
     def __init__(self, session: Any) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """The peer onnxruntime.quantization with the settings that its documentation recommends for CNNs on x86.
 
-Job: fp32, calibration, output, vnni. Runs in the peer's environment. "Quantize ONNX Models" recommends pre-processing, QDQ,
-per-channel int8 weights with uint8 activations, and `reduce_range` on CPUs without VNNI, where the 8-bit products saturate.
+Job: fp32, calibration, output, vnni. Runs in the peer's environment. Its page "Quantize ONNX Models"
+recommends pre-processing, QDQ, per-channel int8 weights with uint8 activations, and `reduce_range` on CPUs
+without VNNI, where the 8-bit products saturate.
 """
 
 from __future__ import annotations

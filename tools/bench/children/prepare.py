@@ -1,7 +1,7 @@
 """Make a task's material once, so that every method gets the same weights and the same samples.
 
-Job: task, folder. Writes model.pt (pickled by torch; read back only by our own children), calibration.npz and heldout.npz
-(one array per input name, axis 0 = batches, then the batch's own axes).
+Job: task, folder. Writes model.pt (pickled by torch; read back only by our own children), calibration.npz and
+heldout.npz (one array per input name, axis 0 = batches, then the batch's own axes).
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+"""The trace: what every pass did, as data. Text, JSON and HTML are views of it.
+
+On disk `trace/007_fold_batch_norm.txt` is the program after a pass and `.json` beside it the record; `000_capture` is the
+start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import GraphoptError, nearest
+from graphopt.files import write_text
+from graphopt.ir.rewriter import Site
+
+
+@dataclass
+class PassRecord:
+    """One pass of the pipeline.
+
+    Attributes:
+        index: position; 0 is the capture. name: of the pass. key: name, with `#2` when it ran before.
+        options: those that differ from their defaults. exact: as the pass declares.
+        inserted: who required it, when the recipe did not list it.
+        text: the program after the pass. before: the program's text before it.
+        nodes_added, nodes_removed, nodes_changed: names of operators; weights_added, ...: names of weights.
+        parameter_bytes, macs, nodes: of the program after the pass.
+        seconds: of the pass itself; validation_seconds: of checking it. peak_memory_bytes: of the process so far.
+        error: relative error of the algebra (exact passes that changed something). rounding_error: of rounding weights.
+        sqnr_db: of the outputs against the captured program (lossy passes that changed something).
+        rejected: why the manager dropped the changes, or empty.
+        touched, skipped: places and reasons. facts: figures the pass reports.
+    """
+
+    index: int
+    name: str
+    key: str
+    text: str
+    before: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
+    inserted: str = ""
+    nodes_added: list[str] = field(default_factory=list)
+    nodes_removed: list[str] = field(default_factory=list)
+    nodes_changed: list[str] = field(default_factory=list)
+    weights_added: list[str] = field(default_factory=list)
+    weights_removed: list[str] = field(default_factory=list)
+    weights_changed: list[str] = field(default_factory=list)
+    nodes: int = 0
+    parameter_bytes: int = 0
+    macs: int = 0
+    seconds: float = 0.0
+    validation_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    error: float | None = None
+    rounding_error: float | None = None
+    sqnr_db: float | None = None
+    rejected: str = ""
+    touched: list[Site] = field(default_factory=list)
+    skipped: list[Site] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        return self.text != self.before
+
+    def diff(self, context: int = 3) -> str:
+        """Return the unified diff of the program's text before and after; empty when nothing changed."""
+        old, new = self.before.splitlines(keepends=True), self.text.splitlines(keepends=True)
+        return "".join(difflib.unified_diff(old, new, "before", f"after {self.key}", n=context))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data for JSON, without the program texts."""
+        data = dataclasses.asdict(self)
+        del data["text"], data["before"]
+        return {key: _finite(value) for key, value in data.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: write it as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _read(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
+
+
+class Trace:
+    """The records of a run, by position or by pass name (`name#2` for a second time)."""
+
+    def __init__(self, records: list[PassRecord] | None = None) -> None:
+        self.records = records or []
+
+    def __getitem__(self, key: int | str) -> PassRecord:
+        if isinstance(key, int):
+            return self.records[key]
+        known = {record.key: record for record in self.records}
+        if key not in known:
+            raise GraphoptError(f"the trace has no pass {key!r}{nearest(key, known)}; it has {', '.join(known)}")
+        return known[key]
+
+    def __iter__(self) -> Iterator[PassRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def key_for(self, name: str) -> str:
+        """Return the key that the next record of a pass gets."""
+        count = sum(record.name == name for record in self.records)
+        return name if count == 0 else f"{name}#{count + 1}"
+
+    def save(self, folder: Path) -> None:
+        """Write every record as text and JSON."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for record in self.records:
+            stem = folder / f"{record.index:03d}_{re.sub(r'[^A-Za-z0-9_]+', '_', record.key)}"
+            write_text(stem.with_suffix(".txt"), record.text)
+            write_text(stem.with_suffix(".json"), json.dumps(record.to_dict(), indent=1) + "\n")
+
+    @staticmethod
+    def load(folder: Path) -> Trace:
+        """Read what `save` wrote; GraphoptError where a record is damaged."""
+        fields = {field.name for field in dataclasses.fields(PassRecord)}
+        records: list[PassRecord] = []
+        for path in sorted(folder.glob("*.json")):
+            try:
+                data = {key: _read(value) for key, value in json.loads(path.read_text()).items() if key in fields}
+                text = path.with_suffix(".txt").read_text()
+                for key in ("touched", "skipped"):
+                    data[key] = [Site(**site) for site in data[key]]
+                records.append(PassRecord(text=text, before=records[-1].text if records else text, **data))
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise GraphoptError(f"the trace file {path} is damaged ({error}); run the optimization again") from None
+        return Trace(records)
