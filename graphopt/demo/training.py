@@ -47,8 +47,8 @@ def train(config: TrainingConfig, data: Digits, progress: Progress | None = None
     """Return a network trained on the first `config.images` training images, in eval mode.
 
     Deterministic: equal configurations give equal weights on one machine. It leaves torch's global random
-    state as it was, and runs on `config.threads` threads because the order of sums, and so the last bits of the
-    weights, depends on their number. Test images and labels are not read.
+    state as it was, and runs on `config.threads` threads because the order of sums, and so the last bits of
+    the weights, depends on their number. Test images and labels are not read.
     """
     images, labels = data.train_images[: config.images], data.train_labels[: config.images]
     steps_per_epoch = math.ceil(len(images) / config.batch_size)

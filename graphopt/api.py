@@ -1,0 +1,122 @@
+"""`graphopt.optimize`: capture, choose a recipe, run it, measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt.budget import Budget
+from graphopt.calibration import Batches
+from graphopt.capture import capture
+from graphopt.errors import GraphoptError
+from graphopt.files import check_replaceable
+from graphopt.ir.program import Program
+from graphopt.pipeline import Context, Pass, Progress, Recipe, as_recipe, builtin, run_passes
+from graphopt.pipeline import target as target_by_name
+from graphopt.progress import default_progress
+from graphopt.result import MARKER, Result
+from graphopt.target import Target
+
+
+def optimize(
+    model: Any,
+    example_inputs: Any = None,
+    recipe: str | Path | Recipe | Sequence[Pass] | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    budget: Budget | None = None,
+    target: str | Target = "onnxruntime-cpu",
+    dynamic_shapes: Any = None,
+    run_dir: str | Path | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Optimize a PyTorch model and explain how.
+
+    Args:
+        model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, or the path of a `.pt2`. A module in training mode is
+            captured as it is at inference.
+        example_inputs: tuple of positional or dict of keyword tensors; None where the model says what it eats.
+        recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `int8` where calibration data is
+            given, else `int8_dynamic`.
+        calibration: iterable of inputs in the form of `example_inputs`; streamed, never held in memory.
+        evaluate: `evaluate(module) -> float`, higher is better; called on the original and on the result.
+        loss: `loss(module, batch) -> scalar`, for passes that need gradients.
+        budget: what must hold; the report says what does not.
+        target: name of a target profile, or a Target.
+        dynamic_shapes: as `torch.export.export` takes it.
+        run_dir: folder to write the run to (as `Result.save` does).
+        seed: of every random choice.
+        trust: allow unpickling what a `.pt2` holds.
+        progress: where long work is shown; None draws bars on a terminal.
+
+    Raises:
+        GraphoptError: a mistake of the caller, in one sentence.
+    """
+    shown = progress or default_progress()
+    profile = target if isinstance(target, Target) else target_by_name(target)
+    chosen, notes = choose_recipe(recipe, calibration is not None)
+    if run_dir is not None:
+        check_replaceable(Path(run_dir), MARKER)
+    with shown.stage("capture"):
+        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, trust=trust)
+    batches = Batches(calibration, program) if calibration is not None else None
+    if batches is not None:
+        batches.first(1)
+    context = Context(profile, batches, evaluate, loss, seed, shown)
+    _check_needs(chosen, context)
+    before = _metric(evaluate, program, "the original model") if evaluate else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        optimized, trace = run_passes(program, chosen.passes, context)
+    after = _metric(evaluate, optimized, "the optimized model") if evaluate else None
+    result = Result(
+        optimized, program, trace, chosen, profile, budget or Budget(), [*program.notes, *notes], after, before
+    )
+    result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
+    if run_dir is not None:
+        with shown.stage("export and measure"):
+            result.save(run_dir)
+    return result
+
+
+def choose_recipe(
+    recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe to run and sentences about the choice."""
+    if recipe is None:
+        name = "int8" if calibrated else "int8_dynamic"
+        why = "calibration data was given" if calibrated else "no calibration data was given"
+        return builtin(name), [f"recipe {name} was chosen because {why}"]
+    chosen = as_recipe(recipe)
+    if recipe == "int8" and not calibrated:
+        return builtin("int8_dynamic"), ["recipe int8 needs calibration data; int8_dynamic was run instead"]
+    return chosen, []
+
+
+def _check_needs(recipe: Recipe, context: Context) -> None:
+    given = {"calibration": context.calibration, "evaluate": context.evaluate, "loss": context.loss}
+    for each in recipe.passes:
+        for need in sorted(each.needs):
+            if given[need] is None:
+                raise GraphoptError(f"the pass {each.name} needs {need}; pass {need}= to optimize")
+
+
+def _metric(evaluate: Callable[[Any], float], program: Program, what: str) -> float:
+    try:
+        with torch.no_grad():
+            value = float(evaluate(program.module()))
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise GraphoptError(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
+    if math.isnan(value):
+        raise GraphoptError(f"evaluate returned NaN on {what}; return a finite number, higher is better")
+    return value

@@ -1,0 +1,114 @@
+"""Result: the optimized program with everything that is known about how it came about."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.backend import ExportReport
+from graphopt.budget import Budget
+from graphopt.errors import GraphoptError
+from graphopt.files import replacing_folder, write_text
+from graphopt.ir.program import Program, ProgramModule
+from graphopt.pipeline import Recipe, Trace, backend
+from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt.report import Report
+
+MARKER = "report.json"  # a folder that holds it is a run directory
+
+
+@dataclass
+class Result:
+    """What `graphopt.optimize` returns.
+
+    Attributes:
+        program: the optimized program. original: as captured, None after `load`.
+        trace: what every pass did. recipe: what was run. target: for what.
+        notes: sentences about choices made on the way.
+        metric, original_metric: of the user's `evaluate`, after and before.
+        exported: the report of the last export.
+    """
+
+    program: Program
+    original: Program | None
+    trace: Trace
+    recipe: Recipe
+    target: Target
+    budget: Budget = field(default_factory=Budget)
+    notes: list[str] = field(default_factory=list)
+    metric: float | None = None
+    original_metric: float | None = None
+    exported: ExportReport | None = None
+
+    @functools.cached_property
+    def module(self) -> ProgramModule:
+        """The optimized model as an eval-mode `nn.Module` with the original's signature and outputs."""
+        return self.program.module()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the optimized numerics."""
+        return self.module(*args, **kwargs)
+
+    @property
+    def report(self) -> Report:
+        """Size, bits, errors and latency as known by now; the export adds its part."""
+        from graphopt.report import Report
+
+        return Report.of(self)
+
+    def export(self, path: str | Path, measure: bool = True) -> ExportReport:
+        """Write the program for its target, check the file, run it in the runtime and compare; see ExportReport.
+
+        `measure=False` leaves out the latency comparison with the float export.
+        """
+        self.exported = backend(self.target.backend).export(self.program, Path(path), self.original, measure)
+        return self.exported
+
+    def save(self, folder: str | Path) -> None:
+        """Write the run directory: model.onnx, model.pt2, recipe.yaml, report.json, report.html and trace/, all or nothing.
+
+        Where the target has no form for the program, model.onnx is missing and the report says why.
+        """
+        with replacing_folder(Path(folder), MARKER) as temporary:
+            try:
+                self.export(temporary / "model.onnx")
+            except GraphoptError as error:
+                self.exported = None
+                self.notes.append(f"no model.onnx was written: {error}")
+            self.program.save(temporary / "model.pt2")
+            write_text(temporary / "recipe.yaml", self.recipe.to_yaml())
+            self.trace.save(temporary / "trace")
+            if self.exported is not None:
+                self.exported.path = Path(folder) / "model.onnx"
+            report = self.report
+            write_text(temporary / MARKER, report.to_json())
+            report.save_html(temporary / "report.html")
+
+
+def load(folder: str | Path, trust: bool = False) -> Result:
+    """Read a run directory written by `Result.save`.
+
+    `trust=True` allows unpickling what its model.pt2 holds; see `Program.load`. Raises GraphoptError where something is
+    missing or damaged.
+    """
+    from graphopt.pipeline import target
+    from graphopt.report import Report
+
+    root = Path(folder)
+    if not (root / MARKER).is_file():
+        raise GraphoptError(f"{root} is no run directory: it holds no {MARKER}")
+    try:
+        data = json.loads((root / MARKER).read_text(encoding="utf-8"))
+        recipe = Recipe.from_yaml((root / "recipe.yaml").read_text(encoding="utf-8"), str(root / "recipe.yaml"))
+    except (OSError, ValueError) as error:
+        raise GraphoptError(f"{root} is damaged: {error}") from None
+    result = Result(
+        Program.load(root / "model.pt2", trust=trust), None, Trace.load(root / "trace"), recipe, target("onnxruntime-cpu")
+    )
+    Report.restore(data, result)
+    return result
