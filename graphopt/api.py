@@ -15,9 +15,9 @@ from graphopt.capture import capture
 from graphopt.errors import GraphoptError
 from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
-from graphopt.pipeline import Context, Pass, Progress, Recipe, as_recipe, builtin, run_passes
+from graphopt.pipeline import Context, Pass, Recipe, as_recipe, builtin, run_passes
 from graphopt.pipeline import target as target_by_name
-from graphopt.progress import default_progress
+from graphopt.progress import Progress, default_progress
 from graphopt.result import MARKER, Result
 from graphopt.target import Target
 
@@ -41,8 +41,8 @@ def optimize(
     """Optimize a PyTorch model and explain how.
 
     Args:
-        model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, or the path of a `.pt2`. A module in training mode is
-            captured as it is at inference.
+        model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, the path of a `.pt2`, or a captured Program (then
+            `example_inputs` and `dynamic_shapes` are its own). A module in training mode is captured as it is at inference.
         example_inputs: tuple of positional or dict of keyword tensors; None where the model says what it eats.
         recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `int8` where calibration data is
             given, else `int8_dynamic`.
@@ -66,7 +66,8 @@ def optimize(
     if run_dir is not None:
         check_replaceable(Path(run_dir), MARKER)
     with shown.stage("capture"):
-        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, trust=trust)
+        captured = isinstance(model, Program)
+        program = model if captured else capture(model, example_inputs, dynamic_shapes=dynamic_shapes, trust=trust)
     batches = Batches(calibration, program) if calibration is not None else None
     if batches is not None:
         batches.first(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -50,6 +50,23 @@ class ExportReport:
         return self.latency_ms / self.baseline_latency_ms
 
 
+@dataclass
+class Timing:
+    """How long a file takes in its runtime.
+
+    Attributes:
+        latency_ms, minimum_ms: median and least of `runs` timed runs.
+        nodes: `(name, operator, milliseconds a run)` of the executed graph, slowest first, by the runtime's profiler.
+        inputs: names, types and shapes of what it was run on.
+    """
+
+    latency_ms: float
+    minimum_ms: float
+    runs: int
+    nodes: list[tuple[str, str, float]] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What a backend offers."""
@@ -65,3 +82,9 @@ class Backend(Protocol):
 
     def export(self, program: Program, path: Path, baseline: Program | None, measure: bool) -> ExportReport:
         """Lower, check, run, compare with `program` and `baseline`, and measure."""
+
+    def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
+        """Time files that take the same inputs in turns, on inputs made up from what the first one declares.
+
+        Raises GraphoptError where a file does not load, or takes other inputs than the first.
+        """

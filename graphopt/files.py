@@ -26,8 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.close(handle)
             temporary = Path(name)
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         except OSError as error:
@@ -41,6 +40,32 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder_content(folder: Path, names: list[str]) -> Iterator[Path]:
+    """Yield a temporary folder; on success its files take the places of those called `names` in `folder`.
+
+    The last name goes first, so that a file never stands without the data file it points to; a name that was not written
+    is removed from `folder`, as it belongs to the older content.
+    """
+    temporary: Path | None = None
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".graphopt-", dir=folder))
+            yield temporary
+            for name in reversed(names):
+                if (temporary / name).exists():
+                    _sync(temporary / name)
+                    (temporary / name).replace(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise GraphoptError(f"cannot write {folder / names[0]}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -82,6 +107,11 @@ def check_replaceable(path: Path, marker: str) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise GraphoptError(f"cannot write {path}: {parent} is not a folder you may write to")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

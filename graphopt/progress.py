@@ -1,21 +1,46 @@
-"""Progress bars on standard error, where that is a terminal."""
+"""Progress of long work: the protocol, bars on standard error where that is a terminal, and silence."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Display
 
-from graphopt.pipeline.context import Silent, Stage
+
+class Stage(Protocol):
+    """One piece of long work in a progress display."""
+
+    def advance(self, steps: int = 1) -> None: ...
+
+
+class Progress(Protocol):
+    """Shows long work; `stage` opens a piece of `total` steps (0: unknown)."""
+
+    def stage(self, name: str, total: int = 0) -> AbstractContextManager[Stage]: ...
+
+
+class _SilentStage:
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+
+class Silent:
+    """A Progress that shows nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: int = 0) -> Iterator[Stage]:
+        yield _SilentStage()
 
 
 @dataclass
 class _Bar:
-    display: Progress
+    display: Display
     task: TaskID
 
     def advance(self, steps: int = 1) -> None:
@@ -26,7 +51,7 @@ class Bars:
     """Nested stages as lines that vanish when they are done."""
 
     def __init__(self) -> None:
-        self._display = Progress(
+        self._display = Display(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),

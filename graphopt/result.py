@@ -13,7 +13,7 @@ from graphopt.budget import Budget
 from graphopt.errors import GraphoptError
 from graphopt.files import replacing_folder, write_text
 from graphopt.ir.program import Program, ProgramModule
-from graphopt.pipeline import Recipe, Trace, backend
+from graphopt.pipeline import Context, Recipe, Trace, backend, make_pass
 from graphopt.target import Target
 
 if TYPE_CHECKING:
@@ -66,8 +66,16 @@ class Result:
 
         `measure=False` leaves out the latency comparison with the float export.
         """
-        self.exported = backend(self.target.backend).export(self.program, Path(path), self.original, measure)
+        self.exported = backend(self.target.backend).export(self.program, Path(path), self._baseline(), measure)
         return self.exported
+
+    def _baseline(self) -> Program | None:
+        """The captured program in a floating type that runtimes compute in: what the user would export without us."""
+        if self.original is None:
+            return None
+        program = self.original.clone()
+        make_pass("retype_floats").run(program, Context(self.target))
+        return program
 
     def save(self, folder: str | Path) -> None:
         """Write the run directory: model.onnx, model.pt2, recipe.yaml, report.json, report.html and trace/, all or nothing.

@@ -2,9 +2,9 @@
 """Small seeded models for the tests, with inputs and calibration data.
 
 `MODELS[name]()` builds one. `REQUIRED` names those that must go all the way to ONNX Runtime in int8,
-`BATCH_NORMS` those in which a batch norm stands in every position that a fold must take or decline. All gains,
-biases and running statistics are redrawn, because at their initial values
-(1, 0, 0, 1) a wrong fold computes the right result.
+`BATCH_NORMS` those in which a batch norm stands in every position that a fold must take or decline. All
+gains, biases and running statistics are redrawn, because at their initial values (1, 0, 0, 1) a wrong fold
+computes the right result.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def redraw(module: nn.Module, seed: int) -> nn.Module:
     """Draw anew, in place, what a fresh model has at 0 or 1; return the module.
 
     Gains (every parameter of one axis that is no bias) and running variances: uniform in 0.5-1.5. Biases:
-    0.1-0.5 with a random sign, so never 0. Running means: normal, 0.5. Magnitudes of weight norm: times 0.5-1.5.
-    A tied tensor changes once.
+    0.1-0.5 with a random sign, so never 0. Running means: normal, deviation 0.5. Magnitudes of weight norm:
+    times 0.5-1.5. A tied tensor changes once.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -78,7 +78,7 @@ def test_nothing_is_left_at_its_initial_value(model: TestModel) -> None:
 
 @pytest.mark.parametrize("name", BATCH_NORMS)
 def test_every_batch_norm_matters(name: str) -> None:
-    """Leaving a batch norm's parts out one by one changes the outputs, so a fold that forgets one is found out."""
+    """Resetting one part of the batch norms changes the outputs, so a fold that forgets it is found out."""
     before = run_in_eval_mode(MODELS[name]())
     reset = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
     for part, value in reset.items():
@@ -98,7 +98,7 @@ def test_every_batch_norm_matters(name: str) -> None:
 
 
 def test_zero_padding_makes_the_fold_wrong_at_the_border_only() -> None:
-    """The trap that bn_conv_padded sets: folding as if unpadded is right inside and wrong in the outermost ring."""
+    """The trap of bn_conv_padded: folding as if unpadded is right inside and wrong in the outermost ring."""
     model = MODELS["bn_conv_padded"]()
     norm, conv = model.module
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
@@ -112,7 +112,7 @@ def test_zero_padding_makes_the_fold_wrong_at_the_border_only() -> None:
     assert error[:, :, 0].max() > 1e-2
 
 
-def test_tied_and_shared_weights_are_one_tensor() -> None:
+def test_tied_weights_are_one_tensor() -> None:
     language = MODELS["tied_language_model"]().module
     assert language.head.weight is language.tokens.weight
 

@@ -1,12 +1,12 @@
 """The proof that a QDQ file runs on integer kernels: what ONNX Runtime fused, what it did not, and why.
 
-`check_fusion` loads the file in ONNX Runtime's CPU execution provider with every optimization on, has it write the
-graph it will execute, and compares that with the file. Nothing here knows how the file was made.
+`check_fusion` loads the file in ONNX Runtime's CPU execution provider with every optimization on, has it
+write the graph it will execute, and compares that with the file. Nothing here knows how the file was made.
 
-Nodes are followed through the optimizer by name: a copy of the file gets a unique token as the name of every node, and
-every rewrite keeps its target's name, up to a suffix (`/MatMulAddFusion`, `_token_3`, `/duplicated`). Nodes that
-ONNX Runtime invents (layout transposes, NCHWc reorders, inlined functions) have no token; they are followed by the
-tensors they write, or walked through.
+Nodes are followed through the optimizer by name: a copy of the file gets a unique token as the name of every
+node, and every rewrite keeps its target's name, up to a suffix (`/MatMulAddFusion`, `_token_3`,
+`/duplicated`). Nodes that ONNX Runtime invents (layout transposes, NCHWc reorders, inlined functions) have no
+token; they are followed by the tensors they write, or walked through.
 """
 
 from __future__ import annotations
@@ -20,36 +20,35 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
-from onnx import GraphProto, ModelProto, TensorProto, inliner
+from onnx import GraphProto, ModelProto, inliner
 
-from graphopt.backends.onnx.fusion_rules import (
-    CLIPS,
+from graphopt.backends.onnx.fusion_rules import CLIPS, HAS_INTEGER_KERNEL, Site, explain
+from graphopt.backends.onnx.qdq_graph import (
     DEQUANTIZE,
     EIGHT_BIT,
-    HAS_INTEGER_KERNEL,
     MOVES_DATA,
     QUANTIZE,
     QdqGraph,
-    Site,
-    explain,
     subgraphs,
+    words,
 )
 from graphopt.errors import GraphoptError
 
-# Operators whose kernel multiplies or adds integers (or unpacks them itself), whatever the types of their outputs.
-INTEGER_KERNELS = frozenset(
-    "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulInteger MatMulInteger16 "
-    "MatMulIntegerToFloat MatMulNBits QAttention QEmbedLayerNormalization QGemm QLinearAdd QLinearAveragePool "
-    "QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMatMul QLinearMul QLinearReduceMean "
-    "QLinearSigmoid QLinearSoftmax QLinearWhere QMoE".split()
+# Operators whose kernel computes on integers (or unpacks them itself), whatever the types of their outputs.
+INTEGER_KERNELS = words(
+    "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulInteger "
+    "MatMulInteger16 MatMulIntegerToFloat MatMulNBits QAttention QEmbedLayerNormalization QGemm QLinearAdd "
+    "QLinearAveragePool QLinearConcat QLinearConv QLinearGlobalAveragePool QLinearLeakyRelu QLinearMatMul "
+    "QLinearMul QLinearReduceMean QLinearSigmoid QLinearSoftmax QLinearWhere QMoE"
 )
 _MOVES_8_BIT = MOVES_DATA | {"NhwcMaxPool", "Concat", "Identity", "Pad", "ArgMax", "SpaceToDepth"}
-_FLOAT_OUTPUT = frozenset(
-    "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulInteger MatMulInteger16 "
-    "MatMulIntegerToFloat MatMulNBits QAttention QEmbedLayerNormalization QMoE".split()
+_FLOAT_OUTPUT = words(
+    "ConvInteger DynamicQuantizeLSTM DynamicQuantizeMatMul GatherBlockQuantized MatMulInteger "
+    "MatMulInteger16 MatMulIntegerToFloat MatMulNBits QAttention QEmbedLayerNormalization QMoE"
 )
-# What may lie between a graph input and its Q, or a DQ and a graph output, without making it less of a border.
-_BORDER_TRANSPARENT = frozenset("Cast Identity Reshape Transpose Squeeze Unsqueeze Flatten ReorderOutput".split())
+# What may lie between a graph input and its Q, or a DQ and a graph output, which are borders all the same.
+_BORDER_TRANSPARENT = words("Cast Identity Reshape Transpose Squeeze Unsqueeze Flatten ReorderOutput")
+_MERGED = "/MatMulAddFusion"
 _TOKEN = re.compile(r"graphopt-(\d+)-")
 
 
@@ -67,9 +66,9 @@ class FusionReport:
     """What ONNX Runtime executes for one file."""
 
     fused: dict[str, int]
-    """Operator type in the executed graph -> number of integer kernels of that type (8-bit data movement included)."""
+    """Executed operator type -> number of integer kernels of that type, 8-bit data movement included."""
     entries: tuple[Unfused, ...]
-    """Everything that did not fuse; a Q or DQ next to a listed operator is covered by that operator's entry."""
+    """What did not fuse; a Q or DQ next to a listed operator is covered by that operator's entry."""
     left_over: tuple[str, ...]
     """Names of every QuantizeLinear and DequantizeLinear still executed, except the borders of the graph."""
     executed: dict[str, int]
@@ -82,7 +81,7 @@ class FusionReport:
 
 
 def check_fusion(path: str | Path) -> FusionReport:
-    """List what of the ONNX file at `path` runs on integer kernels in ONNX Runtime's CPU provider, and what does not.
+    """List what ONNX Runtime runs on integer kernels on the CPU of the ONNX file at `path`, and what not.
 
     Raises GraphoptError when the file cannot be read or ONNX Runtime refuses it.
     """
@@ -94,7 +93,9 @@ def check_fusion(path: str | Path) -> FusionReport:
     written = _Written({})
     _name_nodes(model.graph, opset, path.parent, written)
     executed = _optimize(model, path)
-    return _Comparison(written, [QdqGraph.of(g, opset, path.parent) for g in _all_graphs(executed.graph)]).report()
+    return _Comparison(
+        written, [QdqGraph.of(g, opset, path.parent) for g in _all_graphs(executed.graph)]
+    ).report()
 
 
 def _read(path: Path) -> ModelProto:
@@ -103,7 +104,9 @@ def _read(path: Path) -> ModelProto:
     except FileNotFoundError:
         raise GraphoptError(f"there is no file '{path}'; give the path of an ONNX model") from None
     except Exception as error:  # protobuf raises its own DecodeError, which is no subclass of anything public
-        raise GraphoptError(f"'{path}' is not an ONNX model ({str(error).splitlines()[0]}); export it again") from None
+        raise GraphoptError(
+            f"'{path}' is not an ONNX model ({str(error).splitlines()[0]}); export it again"
+        ) from None
 
 
 def _all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -132,7 +135,7 @@ class _Written:
 
 
 def _name_nodes(graph: GraphProto, opset: int, folder: Path, written: _Written) -> None:
-    """Index `graph` and its subgraphs under their own names, then overwrite the nodes' names in place with tokens."""
+    """Index `graph` and its subgraphs under their own names, then overwrite the nodes' names with tokens."""
     copy = GraphProto()
     copy.node.extend(graph.node)
     copy.input.extend(graph.input)
@@ -155,7 +158,7 @@ def _optimize(model: ModelProto, path: Path) -> ModelProto:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     entries = {
         "session.model_external_initializers_file_folder_path": str(path.parent.resolve()),
-        # Weights go beside the dump, not into it: a protobuf cannot hold 2 GB and the comparison does not read them.
+        # Weights go beside the dump: a protobuf cannot hold 2 GB, and the comparison does not read them.
         "session.optimized_model_external_initializers_file_name": "weights.bin",
         "session.optimized_model_external_initializers_min_size_in_bytes": "65536",
     }
@@ -165,10 +168,14 @@ def _optimize(model: ModelProto, path: Path) -> ModelProto:
         dump = Path(folder) / "optimized.onnx"
         options.optimized_model_filepath = str(dump)
         try:
-            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's exception classes are not public
             message = str(error).strip().splitlines()[0]
-            raise GraphoptError(f"ONNX Runtime does not load '{path}': {message}; export the model again") from None
+            raise GraphoptError(
+                f"ONNX Runtime does not load '{path}': {message}; export the model again"
+            ) from None
         return onnx.load(dump, load_external_data=False)
 
 
@@ -179,11 +186,13 @@ class _Comparison:
         self.written = written
         self.executed = executed
         self.writers = written.writers()
+        self.token_at = {(id(site.graph), site.index): token for token, site in written.sites.items()}
+        self.present = {self.token(graph, index) for graph in executed for index in range(len(graph.nodes))}
         self.operators: dict[int, str] = {}
-        self.pairs: dict[int, str] = {}
+        self.pairs: dict[int, set[tuple[int, str]]] = {}
 
     def token(self, graph: QdqGraph, index: int) -> int | None:
-        """The node of the file that an executed node stands for; None for nodes that ONNX Runtime invented."""
+        """The node of the file that an executed one stands for; None for nodes that ONNX Runtime invented."""
         node = graph.nodes[index]
         match = _TOKEN.match(node.name)
         if match:
@@ -192,6 +201,10 @@ class _Comparison:
 
     def op_type(self, token: int) -> str:
         return self.written.sites[token].node.op_type
+
+    def label(self, token: int) -> str:
+        site = self.written.sites[token]
+        return site.graph.label(site.index)
 
     def described(self, token: int) -> str:
         site = self.written.sites[token]
@@ -207,17 +220,20 @@ class _Comparison:
         for graph in self.executed:
             kernels = _integer_kernels(graph)
             fused.update(graph.nodes[index].op_type for index in kernels if self._counts(graph, index))
-            rest = [index for index in self._quantizing(graph) if index not in _borders(graph)]
+            borders = _borders(graph)
+            rest = [index for index in self._quantizing(graph) if index not in borders]
             for index in rest:
                 left_over[self._written_name(graph, index)] = None
             self._explain(graph, rest, kernels)
-        entries: dict[int, str] = {**self.pairs, **self.operators}
-        sites = self.written.sites
+        entries = {
+            token: "; ".join(dict.fromkeys(reason for _, reason in sorted(reasons)))
+            for token, reasons in self.pairs.items()
+        }
+        entries.update(self.operators)
         return FusionReport(
             dict(sorted(fused.items())),
             tuple(
-                Unfused(sites[token].graph.label(sites[token].index), self.op_type(token), entries[token])
-                for token in sorted(entries)
+                Unfused(self.label(token), self.op_type(token), entries[token]) for token in sorted(entries)
             ),
             tuple(left_over),
             dict(sorted(Counter(node.op_type for graph in self.executed for node in graph.nodes).items())),
@@ -232,10 +248,10 @@ class _Comparison:
 
     def _written_name(self, graph: QdqGraph, index: int) -> str:
         token = self._pair_token(graph, index)
-        return graph.label(index) if token is None else self.described(token).split("'")[1]
+        return graph.label(index) if token is None else self.label(token)
 
     def _pair_token(self, graph: QdqGraph, index: int) -> int | None:
-        """The Q or DQ of the file that an executed one stands for, also when ONNX Runtime moved it past data movement."""
+        """The Q or DQ of the file that an executed one stands for, also where it has moved."""
         node = graph.nodes[index]
         token = self.token(graph, index)
         if token is not None and self.op_type(token) == node.op_type:
@@ -275,17 +291,39 @@ class _Comparison:
                 found.append(reader)
         return found
 
+    def _float_side(self, graph: QdqGraph, index: int, neighbour: int) -> int | None:
+        """The node of the file on the float side of the Q or DQ `index`, executed as (part of) `neighbour`.
+
+        A fused float kernel (BiasGelu) carries the name of its last node; the DQ may feed an absorbed one.
+        """
+        token = self.token(graph, neighbour)
+        pair = self._pair_token(graph, index)
+        if token is None or pair is None or graph.nodes[index].op_type == QUANTIZE:
+            return token
+        if graph.nodes[neighbour].name.endswith(_MERGED):
+            return token
+        site = self.written.sites[pair]
+        readers = [
+            self.token_at[(id(site.graph), each)]
+            for each in site.graph.consumers.get(site.node.output[0], [])
+        ]
+        absorbed = [
+            each for each in readers if each not in self.present and self.op_type(each) not in MOVES_DATA
+        ]
+        return token if token in readers or not absorbed else absorbed[0]
+
     def _explain(self, graph: QdqGraph, rest: list[int], kernels: set[int]) -> None:
         neighbours = {index: self._neighbours(graph, index) for index in rest}
-        # Operators first: what has DQs on one side and Qs on the other, or could run on integers and has a DQ.
-        reads, writes = set(), set()
+        # Operators first: what stands between DQs and Qs, or could run on integers and has a DQ.
+        reads: set[int] = set()
+        writes: set[int] = set()
         for index, nodes in neighbours.items():
             for each in nodes:
-                token = self.token(graph, each)
+                token = self._float_side(graph, index, each)
                 if token is None or each in kernels or graph.nodes[each].op_type in (QUANTIZE, DEQUANTIZE):
                     continue
                 (writes if graph.nodes[index].op_type == QUANTIZE else reads).add(token)
-                if graph.nodes[each].name.endswith("/MatMulAddFusion") and self.op_type(token) == "MatMul":
+                if graph.nodes[each].name.endswith(_MERGED) and self.op_type(token) == "MatMul":
                     self.operators[token] = self._merged_with_bias(token)
         for token in reads:
             if token in writes or self.op_type(token) in HAS_INTEGER_KERNEL:
@@ -296,13 +334,17 @@ class _Comparison:
     def _merged_with_bias(self, token: int) -> str:
         """MatMul + Add becomes Gemm before Q/DQ are looked at, and Gemm wants its bias quantized."""
         site = self.written.sites[token]
-        adds = [index for index in site.graph.consumers[site.node.output[0]] if site.graph.nodes[index].op_type == "Add"]
+        adds = [
+            index
+            for index in site.graph.consumers[site.node.output[0]]
+            if site.graph.nodes[index].op_type == "Add"
+        ]
         rest = self.reason(token)
         if not adds or rest.startswith(("input", "weight", "none", "the ")):
             return rest
         return (
-            f"ONNX Runtime merges it with {site.graph.described(adds[0])} into a Gemm, whose bias must be an int32 "
-            f"DequantizeLinear; a bias of shape [1, ..., N] keeps them apart"
+            f"ONNX Runtime merges it with {site.graph.described(adds[0])} into a Gemm, whose bias must be an "
+            f"int32 DequantizeLinear; a bias of shape [1, ..., N] keeps them apart"
         )
 
     def _explain_pair(self, graph: QdqGraph, index: int, nodes: list[int], kernels: set[int]) -> None:
@@ -310,57 +352,57 @@ class _Comparison:
         pair = self._pair_token(graph, index)
         if not nodes:
             if node.op_type == DEQUANTIZE:
-                self._add_pair(pair, "nothing reads its output")
+                reason = "nothing reads its output"
+            elif node.input[0] in graph.initializers:
+                reason = f"it quantizes the constant '{node.input[0]}' in every run; store the integers"
             else:
-                self._add_pair(pair, f"the graph input '{node.input[0]}' is quantized more than once")
-            return
-        role = "producer" if node.op_type == QUANTIZE else "consumer"
-        sentences: list[str] = []
+                reason = f"the graph input '{node.input[0]}' is quantized more than once"
+            self._add_pair(pair, 0, reason)
         for each in nodes:
-            token = self.token(graph, each)
+            token = self._float_side(graph, index, each)
             if token is None or token in self.operators:
                 continue
             if graph.nodes[each].op_type in (QUANTIZE, DEQUANTIZE):
                 if node.op_type == QUANTIZE:
                     self._explain_requantization(pair, token)
                 continue
-            name = self.described(token)
+            role = "producer" if node.op_type == QUANTIZE else "consumer"
+            neighbour = f"{role} {self.described(token)}"
             if each in kernels:
-                sentences.append(f"{role} {name} runs as {graph.nodes[each].op_type}, which is float on this side")
+                kernel = graph.nodes[each].op_type
+                reason = f"{neighbour} runs as {kernel}, which is float on this side"
             elif self.op_type(token) in HAS_INTEGER_KERNEL:
-                sentences.append(f"{role} {name} runs in float: {self.reason(token)}")
+                reason = f"{neighbour} runs in float: {self.reason(token)}"
             else:
-                sentences.append(f"{role} {name} has no integer kernel")
-        if sentences:
-            self._add_pair(pair, "; ".join(dict.fromkeys(sentences)))
+                reason = f"{neighbour} has no integer kernel"
+            self._add_pair(pair, token, reason)
 
     def _explain_requantization(self, quantizer: int | None, dequantizer: int) -> None:
-        """DQ -> Q with nothing executed between: either written so, or a Relu or Clip between them was redundant."""
+        """DQ -> Q with nothing between: either written so, or a Relu or Clip between them was redundant."""
         if quantizer is None:
             return
         site = self.written.sites[quantizer]
         between = site.graph.producer.get(site.node.input[0])
         if between is not None and site.graph.nodes[between].op_type in CLIPS:
-            token = next(t for t, s in self.written.sites.items() if s == Site(site.graph, between))
-            self.operators[token] = (
+            self.operators[self.token_at[(id(site.graph), between)]] = (
                 f"the Q behind it makes it redundant, which leaves {self.described(dequantizer)} and "
                 f"{self.described(quantizer)} as a float round trip; quantize only behind it"
             )
         else:
-            self._add_pair(quantizer, f"it only requantizes {self.described(dequantizer)}; share one scale instead")
+            self._add_pair(
+                quantizer,
+                dequantizer,
+                f"it only requantizes {self.described(dequantizer)}; share one scale instead",
+            )
 
-    def _add_pair(self, token: int | None, reason: str) -> None:
-        if token is None:
-            return
-        known = self.pairs.get(token)
-        if known is None:
-            self.pairs[token] = reason
-        elif reason not in known:
-            self.pairs[token] = f"{known}; {reason}"
+    def _add_pair(self, token: int | None, neighbour: int, reason: str) -> None:
+        """Note a reason for a left-over Q or DQ; several are told in the file's order of neighbours."""
+        if token is not None:
+            self.pairs.setdefault(token, set()).add((neighbour, reason))
 
 
 def _integer_kernels(graph: QdqGraph) -> set[int]:
-    """Indices of the nodes that run on integers: integer kernels, and data movement whose data is 8 bits wide."""
+    """The nodes that run on integers: integer kernels, and data movement whose data is 8 bits wide."""
     narrow = {name for name, tensor in graph.initializers.items() if tensor.data_type in EIGHT_BIT}
     found: set[int] = set()
     for index, node in enumerate(graph.nodes):
@@ -396,8 +438,7 @@ def _borders(graph: QdqGraph) -> set[int]:
                 if len(readers) != 1 or graph.nodes[readers[0]].op_type not in _BORDER_TRANSPARENT:
                     break
                 tensor = graph.nodes[readers[0]].output[0]
-            if tensor in graph.outputs and not graph.consumers.get(node.output[0], []):
-                found.setdefault((DEQUANTIZE, tensor), index)
-            elif tensor in graph.outputs and node.output[0] != tensor:
+            # A DQ that writes a graph output and feeds other nodes too is more than a border.
+            if tensor in graph.outputs and (tensor != node.output[0] or not graph.consumers.get(tensor)):
                 found.setdefault((DEQUANTIZE, tensor), index)
     return set(found.values())

@@ -1,9 +1,10 @@
 """Why ONNX Runtime's CPU execution provider leaves a quantized operator in float: one rule, one sentence.
 
-ONNX Runtime replaces `DequantizeLinear -> operator -> QuantizeLinear` by an integer kernel when its selectors accept
-the group. The rules below are those selectors' conditions, read from the file as written, plus what was observed by
-running (onnxruntime 1.31, x86). They never decide *whether* an operator fused, which `fusion.py` reads from the
-optimized graph; they only explain one that did not. The first rule that holds is the explanation.
+ONNX Runtime replaces `DequantizeLinear -> operator -> QuantizeLinear` by an integer kernel when its selectors
+accept the group. The rules below are those selectors' conditions, read from the file as written, plus what
+was observed by running (onnxruntime 1.31, x86). They never decide *whether* an operator fused, which
+`fusion.py` reads from the executed graph; they only explain one that did not. The first rule that holds is
+the explanation.
 
 Sources: onnxruntime/core/optimizer/qdq_transformer/selectors_actions/qdq_selectors.cc and
 qdq_selector_action_transformer.cc, qdq_util.cc (pairs), qdq_propagation.cc, graph_transformer_utils.cc.
@@ -11,31 +12,25 @@ qdq_selector_action_transformer.cc, qdq_util.cc (pairs), qdq_propagation.cc, gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper
 
-Array = npt.NDArray[np.generic]
-
-QUANTIZE = "QuantizeLinear"
-DEQUANTIZE = "DequantizeLinear"
-EIGHT_BIT = (TensorProto.UINT8, TensorProto.INT8)
-
-# Operators whose integer form is the operator itself on 8-bit data: Q and DQ are dropped where their parameters agree.
-# DepthToSpace has an 8-bit kernel since onnxruntime 1.2x; SpaceToDepth has none.
-MOVES_DATA = frozenset(
-    "DepthToSpace Expand Flatten Gather GatherElements MaxPool ReduceMax ReduceMin Reshape Resize Slice Split Squeeze "
-    "Tile Transpose Unsqueeze".split()
+from graphopt.backends.onnx.qdq_graph import (
+    DEQUANTIZE,
+    EIGHT_BIT,
+    MOVES_DATA,
+    QUANTIZE,
+    QdqGraph,
+    type_name,
+    words,
 )
+
 NO_16_BIT = frozenset(("MaxPool", "Resize", "ReduceMax", "ReduceMin"))
-# Q and DQ travel through these by themselves (QDQPropagation), so that they need no Q/DQ of their own.
-PROPAGATES = frozenset(("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"))
-COMPUTES = frozenset(
-    "Add ArgMax AveragePool Concat Conv Gemm GlobalAveragePool LeakyRelu MatMul Mul Sigmoid Softmax Where".split()
+COMPUTES = words(
+    "Add ArgMax AveragePool Concat Conv Gemm GlobalAveragePool LeakyRelu MatMul Mul Sigmoid Softmax Where"
 )
 HAS_INTEGER_KERNEL = MOVES_DATA | COMPUTES
 FLOAT_OUTPUT_ALLOWED = frozenset(("MatMul", "Gemm", "ArgMax"))
@@ -43,145 +38,8 @@ CLIPS = frozenset(("Relu", "Clip"))
 
 
 @dataclass(frozen=True)
-class QdqGraph:
-    """One graph of a model with its producers, consumers and constants; nodes are named by their index in `nodes`."""
-
-    nodes: tuple[NodeProto, ...]
-    inputs: frozenset[str]
-    outputs: frozenset[str]
-    initializers: dict[str, TensorProto]
-    opset: int
-    folder: Path
-    producer: dict[str, int] = field(default_factory=dict)
-    consumers: dict[str, list[int]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(graph: GraphProto, opset: int, folder: Path) -> QdqGraph:
-        """Index `graph`, whose external data (if any) lies in `folder`."""
-        view = QdqGraph(
-            tuple(graph.node),
-            frozenset(value.name for value in graph.input),
-            frozenset(value.name for value in graph.output),
-            {tensor.name: tensor for tensor in graph.initializer},
-            opset,
-            folder,
-        )
-        for index, node in enumerate(view.nodes):
-            for name in node.output:
-                if name:
-                    view.producer[name] = index
-            for attribute in node.attribute:
-                if node.op_type == "Constant" and attribute.name == "value":
-                    view.initializers[node.output[0]] = attribute.t
-            # A subgraph reads values of the graph around it: those reads are reads of the node that holds it.
-            captured = {name for inner in subgraphs(node) for each in inner.node for name in each.input}
-            for name in dict.fromkeys([*node.input, *sorted(captured)]):
-                if name:
-                    view.consumers.setdefault(name, []).append(index)
-        return view
-
-    def label(self, index: int) -> str:
-        """The node's name in the file; its first output where it has none."""
-        node = self.nodes[index]
-        return node.name or node.output[0]
-
-    def described(self, index: int) -> str:
-        """`'name' (OperatorType)`."""
-        return f"'{self.label(index)}' ({self.nodes[index].op_type})"
-
-    def producer_of(self, tensor: str) -> NodeProto | None:
-        """The node that computes `tensor`; None for graph inputs, initializers and values of an outer graph."""
-        index = self.producer.get(tensor)
-        return None if index is None else self.nodes[index]
-
-    def is_constant(self, tensor: str, depth: int = 8) -> bool:
-        """Whether ONNX Runtime knows `tensor` at load time: an initializer, or computed from initializers only."""
-        if tensor in self.initializers:
-            return tensor not in self.inputs
-        node = self.producer_of(tensor)
-        if node is None or depth == 0 or not node.input:
-            return False
-        return all(self.is_constant(name, depth - 1) for name in node.input if name)
-
-    def value(self, tensor: str) -> Array | None:
-        """The value of an initializer, read from the external file where it lies there; None for anything else."""
-        proto = self.initializers.get(tensor)
-        if proto is None:
-            return None
-        if proto.data_location == TensorProto.EXTERNAL:
-            loaded = TensorProto()
-            loaded.CopyFrom(proto)
-            external_data_helper.load_external_data_for_tensor(loaded, str(self.folder))
-            proto = loaded
-        return numpy_helper.to_array(proto)
-
-    def attribute(self, node: NodeProto, name: str, default: float | int | str) -> float | int | str:
-        """A scalar attribute of `node`, or `default`."""
-        for attribute in node.attribute:
-            if attribute.name == name:
-                found = helper.get_attribute_value(attribute)
-                return found.decode() if isinstance(found, bytes) else found  # type: ignore[no-any-return]
-        return default
-
-    def quantized_type(self, node: NodeProto) -> int | None:
-        """The element type on the integer side of a Q or DQ; None where the file does not say."""
-        if len(node.input) > 2 and node.input[2]:
-            zero_point = self.initializers.get(node.input[2])
-            if zero_point is not None:
-                return int(zero_point.data_type)
-        if node.op_type == QUANTIZE:
-            return int(self.attribute(node, "output_dtype", 0)) or TensorProto.UINT8
-        codes = self.initializers.get(node.input[0])
-        if codes is not None:
-            return int(codes.data_type)
-        source = self.producer_of(node.input[0])
-        while source is not None and source.op_type in MOVES_DATA:
-            source = self.producer_of(source.input[0])
-        return self.quantized_type(source) if source is not None and source.op_type == QUANTIZE else None
-
-    def dequantizer(self, tensor: str) -> tuple[int | None, bool]:
-        """The DQ that feeds `tensor`, seen through what DQs travel through, and whether a Transpose lay between."""
-        transposed = False
-        while (index := self.producer.get(tensor)) is not None:
-            node = self.nodes[index]
-            if node.op_type == DEQUANTIZE:
-                return index, transposed
-            if node.op_type not in PROPAGATES:
-                break
-            transposed = transposed or node.op_type == "Transpose"
-            tensor = node.input[0]
-        return None, transposed
-
-    def readers(self, tensor: str) -> list[int]:
-        """Consumers of `tensor`, seen through single-consumer nodes that Qs travel through."""
-        found: list[int] = []
-        for index in self.consumers.get(tensor, []):
-            node = self.nodes[index]
-            onward = self.consumers.get(node.output[0], [])
-            if node.op_type in PROPAGATES and len(onward) == 1 and node.output[0] not in self.outputs:
-                found.extend(self.readers(node.output[0]))
-            else:
-                found.append(index)
-        return found
-
-
-def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
-    """The graphs that `node` holds as attributes (branches of If, bodies of Loop and Scan)."""
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
-def type_name(data_type: int | None) -> str:
-    """`uint8` for TensorProto.UINT8, and so on."""
-    return "an unknown type" if data_type is None else TensorProto.DataType.Name(data_type).lower()
-
-
-@dataclass(frozen=True)
 class Site:
-    """One operator of the file as the selectors see it: its DQs by input position, its Qs, and what follows it."""
+    """One operator of the file as the selectors see it: its DQs by input position, its Qs, what follows."""
 
     graph: QdqGraph
     index: int
@@ -209,7 +67,9 @@ class Site:
     @property
     def dequantizers(self) -> dict[int, int]:
         """Input position -> index of the DQ that feeds it."""
-        found = {position: self.graph.dequantizer(self.node.input[position])[0] for position in self.positions}
+        found = {
+            position: self.graph.dequantizer(self.node.input[position])[0] for position in self.positions
+        }
         return {position: index for position, index in found.items() if index is not None}
 
     @property
@@ -252,11 +112,13 @@ def _wide_or_narrow_type(site: Site) -> str | None:
     for position, index in site.dequantizers.items():
         kind = site.graph.quantized_type(site.graph.nodes[index])
         if position != site.bias_position and kind is not None and kind not in allowed:
-            return f"input {position} is {type_name(kind)} ({site.graph.described(index)}); integer kernels take 8 bits"
+            name = f"{type_name(kind)} ({site.graph.described(index)})"
+            return f"input {position} is {name}; integer kernels take 8 bits"
     for index in site.quantizers:
         kind = site.graph.quantized_type(site.graph.nodes[index])
         if kind not in allowed:
-            return f"its output is {type_name(kind)} ({site.graph.described(index)}); integer kernels take 8 bits"
+            name = f"{type_name(kind)} ({site.graph.described(index)})"
+            return f"its output is {name}; integer kernels take 8 bits"
     return None
 
 
@@ -268,8 +130,8 @@ def _parameters_at_run_time(site: Site) -> str | None:
                 source = site.graph.producer_of(name)
                 if source is not None and source.op_type == "DynamicQuantizeLinear":
                     return (
-                        f"{site.graph.described(index)} takes its {what} from a DynamicQuantizeLinear; dynamic "
-                        f"quantization fuses as DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul"
+                        f"{site.graph.described(index)} takes its {what} from a DynamicQuantizeLinear; "
+                        f"dynamic quantization fuses as DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul"
                     )
                 return f"the {what} of {site.graph.described(index)} is computed at run time, not a constant"
     return None
@@ -342,7 +204,8 @@ def _outputs(site: Site) -> str | None:
         reader = graph.described(others[0]) if others else "nothing"
         return f"its output feeds {reader}, not a QuantizeLinear"
     if others:
-        return f"its output feeds both {graph.described(quantizers[0])} and, in float, {graph.described(others[0])}"
+        quantizer, other = graph.described(quantizers[0]), graph.described(others[0])
+        return f"its output feeds both {quantizer} and, in float, {other}"
     if node.op_type == "Split":
         bare = next((name for name in present if not _quantized_only(graph, name)), None)
         return None if bare is None else f"its output '{bare}' does not feed exactly one QuantizeLinear"
@@ -360,7 +223,10 @@ def _clip_kept(graph: QdqGraph, clip: int, quantizer: int) -> str | None:
     """Why the Relu or Clip `clip` in front of `quantizer` does something that the Q does not do already."""
     node, q = graph.nodes[clip], graph.nodes[quantizer]
     kind = graph.quantized_type(q)
-    scale, zero = graph.value(q.input[1]), graph.value(q.input[2]) if len(q.input) > 2 and q.input[2] else None
+    scale, zero = (
+        graph.value(q.input[1]),
+        graph.value(q.input[2]) if len(q.input) > 2 and q.input[2] else None,
+    )
     if kind not in EIGHT_BIT or scale is None or scale.size != 1:
         return None
     bounds = np.iinfo(helper.tensor_dtype_to_np_dtype(kind))
@@ -369,7 +235,8 @@ def _clip_kept(graph: QdqGraph, clip: int, quantizer: int) -> str | None:
     if node.op_type == "Relu":
         if offset == bounds.min:
             return None
-        return f"{where} is not redundant: the zero point is {offset}, not {bounds.min}, the least of {type_name(kind)}"
+        least = f"{bounds.min}, the least of {type_name(kind)}"
+        return f"{where} is not redundant: the zero point is {offset}, not {least}"
     step = float(scale.reshape(-1)[0])
     lowest, highest = (bounds.min - offset) * step, (bounds.max - offset) * step
     limits = [graph.value(name) if name else None for name in [*node.input[1:3], "", ""][:2]]
@@ -404,8 +271,38 @@ def _bias(site: Site) -> str | None:
     return None
 
 
+def _bias_scale(site: Site) -> str | None:
+    """Conv fuses up to 3 % off (seen, onnxruntime 1.31); Gemm fuses at any scale and adds a wrong bias."""
+    graph, node = site.graph, site.node
+    if node.op_type != "Conv" or not {0, 1, 2} <= site.dequantizers.keys():
+        return None
+    pairs = [graph.nodes[site.dequantizers[position]] for position in range(3)]
+    scales = [graph.value(pair.input[1]) for pair in pairs]
+    if any(each is None for each in scales):
+        return None
+    x, w, b = (np.asarray(each, np.float64).reshape(-1) for each in scales)
+    off = float(np.max(np.abs(b - x * w) / (x * w))) if b.size in (1, w.size) or w.size == 1 else np.inf
+    if off <= 0.01:
+        return None
+    return f"the scale of {graph.described(site.dequantizers[2])} is {off:.0%} off input scale x weight scale"
+
+
+def _pairs_in_a_row(site: Site) -> str | None:
+    """DoubleQDQPairsRemover: Q -> DQ -> Q -> DQ becomes one pair over the common range."""
+    graph = site.graph
+    for position, index in site.dequantizers.items():
+        inner = graph.producer_of(graph.nodes[index].input[0])
+        before = None if inner is None or inner.op_type != QUANTIZE else graph.producer.get(inner.input[0])
+        if before is not None and graph.nodes[before].op_type == DEQUANTIZE:
+            return (
+                f"ONNX Runtime merges {graph.described(before)} and {graph.described(index)} in front of "
+                f"input {position} into a pair of another scale, which the bias does not fit; write one pair"
+            )
+    return None
+
+
 def _types_differ(site: Site) -> str | None:
-    """On x86 most signed activations are shifted to unsigned before the selectors look; elsewhere these rules bite."""
+    """On x86 signed activations are shifted to unsigned before the selectors look; elsewhere this bites."""
     graph, kinds = site.graph, {}
     for position, index in site.dequantizers.items():
         if position not in (site.weight_position, site.bias_position) or site.node.op_type in ("Add", "Mul"):
@@ -422,12 +319,12 @@ def _types_differ(site: Site) -> str | None:
     if weight is not None and first == TensorProto.INT8:
         kind = graph.quantized_type(graph.nodes[weight])
         if kind != TensorProto.INT8:
-            return f"its activation is int8 and its weight is {type_name(kind)}; signed activations need signed weights"
+            return f"its activation is int8 and its weight is {type_name(kind)}; both must be signed"
     return None
 
 
 def _movement_parameters(site: Site) -> str | None:
-    """Q/DQ around data movement are dropped only as a pair of equal, constant, explicit, per-tensor parameters."""
+    """Q/DQ around data movement are dropped only as a pair of equal, explicit, per-tensor parameters."""
     if site.node.op_type not in MOVES_DATA or 0 not in site.dequantizers:
         return None
     graph = site.graph
@@ -438,11 +335,14 @@ def _movement_parameters(site: Site) -> str | None:
         for each in (source, sink):
             if len(each.input) < 3 or not each.input[2]:
                 return f"'{each.name or each.output[0]}' ({each.op_type}) does not write its zero point"
-        for what, before, after in zip(("scale", "zero point"), source.input[1:3], sink.input[1:3], strict=True):
+        for what, before, after in zip(
+            ("scale", "zero point"), source.input[1:3], sink.input[1:3], strict=True
+        ):
             old, new = graph.value(before), graph.value(after)
             if old is not None and new is not None and not np.array_equal(old, new):
                 return (
-                    f"{graph.described(index)} has another {what} than {graph.described(site.dequantizers[0])}; "
+                    f"{graph.described(index)} has another {what} than "
+                    f"{graph.described(site.dequantizers[0])}; "
                     f"{site.node.op_type} only moves data"
                 )
     return None
@@ -453,7 +353,7 @@ def _transposed_weight(site: Site) -> str | None:
     if position in site.dequantizers and position is not None:
         _, transposed = site.graph.dequantizer(site.node.input[position])
         if transposed:
-            return "a Transpose stands between the weight's DequantizeLinear and it; store the transposed initializer"
+            return "a Transpose follows the weight's DequantizeLinear; store the transposed initializer"
     return None
 
 
@@ -468,8 +368,10 @@ RULES: tuple[Callable[[Site], str | None], ...] = (
     _outputs,
     _clip_not_redundant,
     _bias,  # behind the outputs: ONNX Runtime makes the int32 bias itself where a Q follows
+    _bias_scale,
     _types_differ,
     _movement_parameters,
+    _pairs_in_a_row,
     _transposed_weight,
 )
 UNEXPLAINED = "ONNX Runtime did not fuse it and no known rule explains why"

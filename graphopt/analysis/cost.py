@@ -1,4 +1,4 @@
-"""Cost of a program by counting: bytes of weights and multiply-accumulates."""
+"""Cost of a program by counting: elements, bits and bytes of weights, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,69 @@ from torch import Tensor, fx
 
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
+from graphopt.quantization.grids import grid
+
+# A tensor that only passes through these holds the same values afterwards.
+_MOVES_DATA = frozenset(
+    (
+        "alias", "clone", "contiguous", "detach", "embedding", "expand", "flatten", "gather", "index", "index_select",
+        "permute", "reshape", "select", "slice", "squeeze", "t", "transpose", "unflatten", "unsqueeze", "view",
+    )
+)  # fmt: skip
+_DIALECT = frozenset(("graphopt.quantize", "graphopt.dequantize", "graphopt.fake_quantize"))
 
 
 def parameter_bytes(program: Program) -> int:
     """Return the bytes of all weights, one storage element a value (codes are not packed here)."""
     return sum(weight.numel() * weight.element_size() for weight in program.weights.values())
+
+
+def parameters(program: Program) -> int:
+    """Return the number of weight elements; scales, zero points and tables of quantized tensors are not counted."""
+    count = 0
+    for node, weight in _weights(program):
+        roles = {role for role, _ in _roles(node)}
+        if not roles or not roles <= {"scale", "zero_point", "table"}:
+            count += weight.numel()
+    return count
+
+
+def weight_bits(program: Program) -> int:
+    """Return the bits of all weights once packed.
+
+    Codes and zero points count the bits of their grid, whatever stores them here, everything else (scales, tables,
+    floats) those of its dtype.
+    """
+    total = 0
+    for node, weight in _weights(program):
+        stored = 8 * weight.element_size()
+        coded = [grid(name).bits for role, name in _roles(node) if role in ("codes", "zero_point")]
+        total += weight.numel() * (min(stored, max(coded)) if coded else stored)
+    return total
+
+
+def _weights(program: Program) -> list[tuple[fx.Node, Tensor]]:
+    found = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
+    return [(node, program.weight(node)) for node in found.values()]
+
+
+def _roles(weight: fx.Node) -> list[tuple[str, str]]:
+    """Return (argument, format) for each operator of the dialect that reads the weight, directly or after data movement,
+    and ("", "") for any other reader."""
+    roles, seen, queue = [], {weight}, [weight]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            name = operator(user)
+            if name in _DIALECT:
+                named = arguments(user)
+                roles += [(key, str(named["format"])) for key, value in named.items() if value is node]
+            elif name not in _MOVES_DATA:
+                roles.append(("", ""))
+            elif user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return roles
 
 
 def macs(program: Program) -> int:

@@ -1,5 +1,7 @@
 """Calibration: batches in, statistics out, streamed."""
 
 from graphopt.calibration.batches import Batches, call_form, check_inputs
+from graphopt.calibration.collect import collect
+from graphopt.calibration.observers import Histogram
 
-__all__ = ["Batches", "call_form", "check_inputs"]
+__all__ = ["Batches", "Histogram", "call_form", "check_inputs", "collect"]

@@ -1,21 +1,25 @@
-"""The `graphopt::` dialect: quantized numerics as five torch operators.
+"""The `graphopt::` dialect: quantized numerics as four torch operators.
 
-    codes        = quantize(x, scale, zero_point?, axis, group_size, format)
-    x'           = dequantize(codes, scale, zero_point?, table?, axis, group_size, format)
-    scale, zero  = dynamic_scale(x, axis, group_size, format)
-    x'           = fake_quantize(x, scale, zero_point?, axis, group_size, format)      dequantize(quantize(x)), trainable
-    y            = linear/conv/...  stay ATen: integer execution is what a backend makes of dequantize -> op -> quantize
+    codes       = quantize(x, scale, zero_point?, axis, group_size, format)
+    x'          = dequantize(codes, scale, zero_point?, table?, axis, group_size, format)
+    scale, zero = dynamic_scale(x, axis, group_size, format)
+    x'          = fake_quantize(x, scale, zero_point?, axis, group_size, format)     dequantize(quantize(x)), trainable
+    y           = linear/conv/...  stay ATen: integer execution is what a backend makes of dequantize -> op -> quantize
 
-Granularity follows from `scale` and `group_size` (K = size of `axis`):
+Granularity follows from `scale` and `group_size` (K = size of `axis`); a zero point has the shape of its scale:
 
-    per tensor     scale []                        group_size 0
-    per channel    scale [K]                       group_size 0
-    per group      scale [..., ceil(K/g), ...]     group_size g > 0   blocks of g along `axis`; the last may be short
-    per token      scale [..., 1, ...]             group_size -1      one block is all of `axis` (the last axis: a token)
+    per tensor     scale []                      group_size 0
+    per channel    scale [K]                     group_size 0
+    per group      scale [..., ceil(K/g), ...]   group_size g > 0   blocks of g along `axis`; the last may be short
+    per token      scale [..., 1, ...]           group_size -1      one block is all of `axis` (the last: a token)
 
 `format` names a grid (`graphopt.quantization.grids`). `table` is for codebook grids; no integer grid takes one.
-Every operator is an ATen composite, so any backend can decompose it (`decomposition_table`), has a fake rule for tracing,
-and `dequantize` and `fake_quantize` have gradients: straight-through for x inside the range, exact for scale.
+`dequantize` gives the dtype of `scale`, `fake_quantize` that of x. Every operator is an ATen composite, so any backend
+can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and `fake_quantize` have gradients:
+straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale` have none: a dynamic range is a
+constant to training, as codes are.
+
+A scale or zero point of the wrong shape raises ValueError, an unknown format GraphoptError.
 """
 
 from __future__ import annotations
@@ -30,12 +34,11 @@ from graphopt.errors import GraphoptError
 from graphopt.quantization.grids import grid
 
 LIBRARY = torch.library.Library("graphopt", "DEF")
-LIBRARY.define("quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int group_size, str format) -> Tensor")
-LIBRARY.define(
-    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, Tensor? table, int axis, int group_size, str format) -> Tensor"
-)
-LIBRARY.define("dynamic_scale(Tensor x, int axis, int group_size, str format) -> (Tensor, Tensor)")
-LIBRARY.define("fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, int axis, int group_size, str format) -> Tensor")
+_WHERE = "int axis=0, int group_size=0, str format='int8'"
+LIBRARY.define(f"quantize(Tensor x, Tensor scale, Tensor? zero_point=None, {_WHERE}) -> Tensor")
+LIBRARY.define(f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point=None, Tensor? table=None, {_WHERE}) -> Tensor")
+LIBRARY.define(f"dynamic_scale(Tensor x, {_WHERE}) -> (Tensor, Tensor)")
+LIBRARY.define(f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, {_WHERE}) -> Tensor")
 
 
 def spread(parameter: Tensor, x: Tensor, axis: int, group_size: int) -> Tensor:
@@ -52,48 +55,123 @@ def spread(parameter: Tensor, x: Tensor, axis: int, group_size: int) -> Tensor:
     return wide.narrow(axis, 0, x.shape[axis])
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int, format: str) -> Tensor:
+def _gather(gradient: Tensor, parameter: Tensor, axis: int, group_size: int) -> Tensor:
+    """Sum `gradient` [..., K, ...] over the elements that share an entry of `parameter`: the adjoint of `spread`."""
+    if group_size == 0:
+        if parameter.dim() == 0:
+            return gradient.sum()
+        others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]
+        return gradient.sum(dim=others) if others else gradient
+    return _by_block(gradient, axis, group_size, torch.sum).sum_to_size(parameter.shape)
+
+
+def _by_block(x: Tensor, axis: int, group_size: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """Return [..., blocks, ...]: every block of `axis` reduced to one element."""
+    if group_size < 0:
+        return reduce(x, dim=axis, keepdim=True)
+    return torch.cat([reduce(block, dim=axis, keepdim=True) for block in x.split(group_size, dim=axis)], dim=axis)
+
+
+def _block_shape(x: Tensor, axis: int, group_size: int) -> list[Any]:
+    """Return the shape of the scale that `dynamic_scale` gives."""
+    if group_size == 0:
+        return []
+    shape: list[Any] = list(x.shape)
+    shape[axis] = 1 if group_size < 0 else (shape[axis] + group_size - 1) // group_size
+    return shape
+
+
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int) -> None:
+    """Refuse what would broadcast to something that nobody meant; symbolic sizes are taken at their word."""
+    if zero_point is not None and _differ(zero_point.shape, scale.shape):
+        raise ValueError(f"zero_point has shape {list(zero_point.shape)}, scale {list(scale.shape)}; give both one shape")
+    if group_size == 0:
+        fits = scale.dim() == 0 or not _differ(scale.shape, x.shape[axis:][:1])
+        wanted = f"[] or [{x.shape[axis]}]" if x.dim() else "[]"
+    else:
+        blocks = _block_shape(x, axis, group_size)
+        sizes = zip(scale.shape, blocks, strict=False)
+        others = [size for size, block in sizes if _differ([size], [block]) and _differ([size], [1])]
+        fits = scale.dim() == x.dim() and not others and not _differ([scale.shape[axis]], [blocks[axis]])
+        wanted = str(blocks)
+    if not fits:
+        raise ValueError(
+            f"scale has shape {list(scale.shape)}; x of shape {list(x.shape)} along axis {axis} with group_size "
+            f"{group_size} takes {wanted}"
+        )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    a, b = list(a), list(b)
+    if len(a) != len(b):
+        return True
+    return any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True))
+
+
+# Values ----------------------------------------------------------------------------------------------------------
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
+) -> Tensor:
+    _check(x, scale, zero_point, axis, group_size)
     zero = None if zero_point is None else spread(zero_point, x, axis, group_size)
     return grid(format).encode(x, spread(scale, x, axis, group_size), zero)
 
 
 def _dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, axis: int, group_size: int, format: str
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    table: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
 ) -> Tensor:
     if table is not None:
         raise GraphoptError(f"the integer grid {format!r} takes no table; pass table=None")
+    _check(codes, scale, zero_point, axis, group_size)
     zero = None if zero_point is None else spread(zero_point, codes, axis, group_size)
     return grid(format).decode(codes, spread(scale, codes, axis, group_size), zero)
 
 
-def _dynamic_scale(x: Tensor, axis: int, group_size: int, format: str) -> tuple[Tensor, Tensor]:
+def _dynamic_scale(x: Tensor, axis: int = 0, group_size: int = 0, format: str = "int8") -> tuple[Tensor, Tensor]:
     """Range of what is there: min and max per tensor (group_size 0) or per block of `axis`, zero always inside.
 
-    The arithmetic is ONNX DynamicQuantizeLinear's, so that a runtime's operator gives the same codes.
+    The arithmetic is ONNX DynamicQuantizeLinear's, so that a runtime's operator gives the same codes. Half precision is
+    computed in float32, where the width of the range cannot overflow. Where nothing or only zeros is there, scale is 1;
+    where NaN or infinity is, scale is not finite either, and the result shows it.
     """
     target = grid(format)
-    if group_size == 0:
-        low, high = x.amin(), x.amax()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = x.numel()
+    if isinstance(count, int) and count == 0:
+        low = high = wide.new_zeros(_block_shape(x, axis, group_size))
+    elif group_size == 0:
+        low, high = wide.amin(), wide.amax()
     else:
-        low, high = _block_range(x, axis, group_size)
+        low = _by_block(wide, axis, group_size, torch.amin)
+        high = _by_block(wide, axis, group_size, torch.amax)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low) / (target.code_max - target.code_min)
+    scale = ((high - low) / (target.code_max - target.code_min)).to(x.dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero_point = (target.code_min - low / scale).round().clamp(target.code_min, target.code_max)
-    return scale, zero_point.to(target.storage)
+    return scale, torch.where(zero_point.isnan(), torch.zeros_like(zero_point), zero_point).to(target.storage)
 
 
-def _block_range(x: Tensor, axis: int, group_size: int) -> tuple[Tensor, Tensor]:
-    size = x.shape[axis]
-    if group_size < 0 or group_size >= size:
-        return x.amin(dim=axis, keepdim=True), x.amax(dim=axis, keepdim=True)
-    blocks = x.split(group_size, dim=axis)
-    low = torch.cat([block.amin(dim=axis, keepdim=True) for block in blocks], dim=axis)
-    high = torch.cat([block.amax(dim=axis, keepdim=True) for block in blocks], dim=axis)
-    return low, high
-
-
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int, format: str) -> Tensor:
+def _fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
+) -> Tensor:
     codes = _quantize(x, scale, zero_point, axis, group_size, format)
     return _dequantize(codes, scale, zero_point, None, axis, group_size, format).to(x.dtype)
 
@@ -108,42 +186,56 @@ for _name, _function in _IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
+# Shapes and dtypes -----------------------------------------------------------------------------------------------
+
+
 @torch.library.register_fake("graphopt::quantize", lib=LIBRARY)
-def _(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int, format: str) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
+) -> Tensor:
+    _check(x, scale, zero_point, axis, group_size)
     return torch.empty_like(x, dtype=grid(format).storage)
 
 
 @torch.library.register_fake("graphopt::dequantize", lib=LIBRARY)
 def _(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, axis: int, group_size: int, format: str
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    table: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
 ) -> Tensor:
+    _check(codes, scale, zero_point, axis, group_size)
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
 @torch.library.register_fake("graphopt::dynamic_scale", lib=LIBRARY)
-def _(x: Tensor, axis: int, group_size: int, format: str) -> tuple[Tensor, Tensor]:
-    shape: list[Any] = []
-    if group_size != 0:
-        shape = list(x.shape)
-        shape[axis] = 1 if group_size < 0 else (shape[axis] + group_size - 1) // group_size
+def _(x: Tensor, axis: int = 0, group_size: int = 0, format: str = "int8") -> tuple[Tensor, Tensor]:
+    shape = _block_shape(x, axis, group_size)
     return x.new_empty(shape), x.new_empty(shape, dtype=grid(format).storage)
 
 
 @torch.library.register_fake("graphopt::fake_quantize", lib=LIBRARY)
-def _(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int, format: str) -> Tensor:
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    axis: int = 0,
+    group_size: int = 0,
+    format: str = "int8",
+) -> Tensor:
+    _check(x, scale, zero_point, axis, group_size)
     return torch.empty_like(x)
 
 
-def _sum_to(gradient: Tensor, parameter: Tensor, axis: int, group_size: int) -> Tensor:
-    """Sum `gradient` [..., K, ...] over the elements that share one entry of `parameter`: the adjoint of `spread`."""
-    if group_size == 0:
-        if parameter.dim() == 0:
-            return gradient.sum()
-        others = [d for d in range(gradient.dim()) if d != axis % gradient.dim()]
-        return gradient.sum(dim=others) if others else gradient
-    blocks = gradient.split(gradient.shape[axis] if group_size < 0 else group_size, dim=axis)
-    summed = torch.cat([block.sum(dim=axis, keepdim=True) for block in blocks], dim=axis)
-    return summed.sum_to_size(parameter.shape)
+# Gradients -------------------------------------------------------------------------------------------------------
 
 
 def _save_dequantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,10 +245,13 @@ def _save_dequantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dequantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale, zero_point = ctx.saved_tensors
-    steps = codes.to(gradient.dtype)
-    if zero_point is not None:
-        steps = steps - spread(zero_point, codes, ctx.axis, ctx.group_size).to(gradient.dtype)
-    to_scale = _sum_to(gradient * steps, scale, ctx.axis, ctx.group_size) if ctx.needs_input_grad[1] else None
+    to_scale = None
+    if ctx.needs_input_grad[1]:
+        steps = codes.to(torch.int64)
+        if zero_point is not None:
+            steps = steps - spread(zero_point, codes, ctx.axis, ctx.group_size).to(torch.int64)
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        to_scale = _gather(wide * steps, scale, ctx.axis, ctx.group_size).to(scale.dtype)
     return None, to_scale, None, None, None, None, None
 
 
@@ -168,22 +263,28 @@ def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _fake_quantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Straight-through for x inside the range; for scale the rounding residual inside and the clipped code outside.
 
-    Source: "Learned Step Size Quantization" (without its gradient scaling).
+    Source: "Learned Step Size Quantization" (without its gradient scaling). NaN, which has no code, has no gradient.
     """
     x, scale, zero_point = ctx.saved_tensors
     target = grid(ctx.format)
-    wide_scale = spread(scale, x, ctx.axis, ctx.group_size)
-    zero = 0.0 if zero_point is None else spread(zero_point, x, ctx.axis, ctx.group_size).to(x.dtype)
-    steps = x / wide_scale
+    compute = torch.promote_types(x.dtype, torch.float32)
+    steps = x.to(compute) / spread(scale, x, ctx.axis, ctx.group_size).to(compute)
+    zero = torch.zeros_like(steps)
+    if zero_point is not None:
+        zero = spread(zero_point, x, ctx.axis, ctx.group_size).to(compute)
     low, high = target.code_min - zero, target.code_max - zero
     inside = (steps >= low) & (steps <= high)
-    to_x = gradient * inside if ctx.needs_input_grad[0] else None
+    to_x = torch.where(inside, gradient, torch.zeros_like(gradient)) if ctx.needs_input_grad[0] else None
     to_scale = None
     if ctx.needs_input_grad[1]:
-        clipped = torch.maximum(torch.minimum(steps, torch.as_tensor(high)), torch.as_tensor(low))
-        residual = torch.where(inside, steps.round() - steps, clipped)
-        to_scale = _sum_to(gradient * residual, scale, ctx.axis, ctx.group_size)
+        residual = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
+        residual = torch.where(steps.isnan(), torch.zeros_like(residual), residual)
+        to_scale = _gather(gradient.to(compute) * residual, scale, ctx.axis, ctx.group_size).to(scale.dtype)
     return to_x, to_scale, None, None, None, None
+
+
+def _mark_constant(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
 
 torch.library.register_autograd(
@@ -191,6 +292,12 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "graphopt::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "graphopt::quantize", lambda ctx, gradient: (None,) * 6, setup_context=_mark_constant, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "graphopt::dynamic_scale", lambda ctx, *gradients: (None,) * 4, setup_context=_mark_constant, lib=LIBRARY
 )
 
 quantize = torch.ops.graphopt.quantize.default
@@ -200,5 +307,5 @@ fake_quantize = torch.ops.graphopt.fake_quantize.default
 
 
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """Return how each operator of the dialect decomposes to ATen, as `ExportedProgram.run_decompositions` takes it."""
+    """Return how each operator decomposes to ATen, in the form that `ExportedProgram.run_decompositions` takes."""
     return {getattr(torch.ops.graphopt, name).default: function for name, function in _IMPLEMENTATIONS.items()}

@@ -6,6 +6,7 @@ inverse up to guards and assertions, which a Program does not carry.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import GraphoptError
-from graphopt.ir.program import Program, Signature, graph_module
+from graphopt.ir.program import Program, Signature, graph_module, storable_name
 
 _LIFTED = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 # Assertions guard the shapes seen while tracing; the verifier and the runtime check shapes themselves.
@@ -43,7 +44,8 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def from_exported(exported: ExportedProgram, parameters: Sequence[str] = ()) -> Program:
     """Turn a functional ExportedProgram into a Program.
 
-    Raises GraphoptError where the graph updates a buffer or an input, or holds control flow: a Program is a function.
+    Raises GraphoptError where the graph updates a buffer or holds control flow: a Program is a function. An update of an
+    input is left out: the Program computes the same outputs and leaves its inputs as they are.
     """
     _refuse_mutation(exported)
     lifted = {
@@ -56,6 +58,7 @@ def from_exported(exported: ExportedProgram, parameters: Sequence[str] = ()) -> 
     values: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     nodes = list(exported.graph.nodes)
+    names = {name for name, _ in lifted.values()}
     for node in sorted(nodes, key=lambda n: n.op != "placeholder" or n.name in lifted):
         if node.op == "output":
             continue
@@ -66,15 +69,21 @@ def from_exported(exported: ExportedProgram, parameters: Sequence[str] = ()) -> 
                 aliases[name] = str(by_tensor[key].target)
                 mapping[node] = by_tensor[key]
                 continue
-            values[name] = value
-            mapping[node] = by_tensor[key] = graph.create_node("get_attr", name, name=name.replace(".", "_"))
+            stored = storable_name(name, names)
+            if stored != name:
+                aliases[name] = stored
+            values[stored] = value
+            mapping[node] = by_tensor[key] = graph.create_node("get_attr", stored, name=stored.replace(".", "_"))
             mapping[node].meta = {"val": node.meta["val"]}
-        elif node.op == "call_function" and any(part in str(node.target) for part in _ASSERTIONS):
+        elif not node.users and any(part in str(node.target) for part in _ASSERTIONS):
             continue
         else:
             _refuse_control_flow(node)
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    outputs = exported.graph.output_node().args[0]
+    # A graph that overwrites an input returns the new value first; a function has no use for it.
+    specs = exported.graph_signature.output_specs
+    returned: Any = exported.graph.output_node().args[0]
+    outputs = tuple(v for v, spec in zip(returned, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT)
     result = graph.output(fx.map_arg(outputs, lambda n: mapping[n]))
     result.meta = dict(exported.graph.output_node().meta)
     for node in reversed(list(graph.nodes)):
@@ -118,11 +127,9 @@ def _forward_names(exported: ExportedProgram) -> tuple[str, ...]:
 
 def _refuse_mutation(exported: ExportedProgram) -> None:
     for spec in exported.graph_signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            what = str(spec.target)
-            kind = "input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "buffer"
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION):
             raise GraphoptError(
-                f"the model updates its {kind} {what!r} in forward; return the new value as an output instead, "
+                f"the model updates its buffer {str(spec.target)!r} in forward; return the new value as an output instead, "
                 "so that the model is a function of its inputs"
             )
 
@@ -137,11 +144,15 @@ def _refuse_control_flow(node: fx.Node) -> None:
 
 
 def source_line(node: fx.Node) -> str:
-    """Return `file.py:12, in forward` for the user's line that made this node, or an empty string."""
+    """Return `file.py:12, in forward` for the user's line that made this node, or an empty string.
+
+    That is the innermost line outside torch: not the one in `torch/nn` that calls the operator, but the one that calls that.
+    """
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     frames = [line for line in lines if line.startswith("File ")]
     if not frames:
         return ""
+    frames = [frame for frame in frames if "-packages/torch/" not in frame] or frames
     file, line, *rest = frames[-1].removeprefix("File ").split(", ")
     function = rest[0].removeprefix("in ") if rest else ""
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')}" + (f", in {function}" if function else "")
@@ -157,7 +168,7 @@ def to_exported(program: Program) -> ExportedProgram:
     for node in weights:
         name, value = str(node.target), program.weight(node)
         parameter = isinstance(value, nn.Parameter)
-        prefix = ("p_" if parameter else "b_") + name.replace(".", "_")
+        prefix = ("p_" if parameter else "b_") + re.sub(r"\W", "_", name)
         while prefix in taken:
             prefix += "_"
         taken.add(prefix)
@@ -183,7 +194,7 @@ def to_exported(program: Program) -> ExportedProgram:
         outputs=[],
         in_spec=signature.in_spec,
         out_spec=signature.out_spec,
-        forward_arg_names=list(signature.parameters) or None,
+        forward_arg_names=_given_names(signature),
     )
     root = nn.Module()
     return ExportedProgram(
@@ -196,6 +207,15 @@ def to_exported(program: Program) -> ExportedProgram:
         example_inputs=program.example_inputs,
         constants={},
     )
+
+
+def _given_names(signature: Signature) -> list[str] | None:
+    """Return the names of the parameters that the captured call gives; the rest of forward's are at their defaults."""
+    args_spec, kwargs_spec = signature.in_spec.children()
+    positional = list(signature.parameters[: args_spec.num_children])
+    if len(positional) < args_spec.num_children:
+        return None
+    return [*positional, *(kwargs_spec.context or [])]
 
 
 def _argument(value: Any) -> Any:
@@ -218,7 +238,9 @@ def flat_names(spec: pytree.TreeSpec, parameters: Sequence[str]) -> tuple[str, .
     dummy = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     names: list[str] = []
     for path, _ in pytree.tree_leaves_with_path(dummy):
-        keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
-        first = keys[1] if keys[0] == 1 else (parameters[keys[1]] if keys[1] < len(parameters) else f"input_{keys[1]}")
-        names.append(".".join(str(key) for key in (first, *keys[2:])))
+        side, first, *rest = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
+        if side == 0:
+            index = int(str(first))
+            first = parameters[index] if index < len(parameters) else f"input_{index}"
+        names.append(".".join(str(key) for key in (first, *rest)))
     return tuple(names)

@@ -28,7 +28,7 @@ def retype(program: Program, dtype: torch.dtype, weights: Mapping[str, Tensor] |
     twin = program.map_weights(lambda name, weight: retype_value(overrides.get(name, weight), dtype).detach())
     for node in twin.graph.nodes:
         if node.op == "call_function":
-            _retype_call(node, dtype)
+            node.args, node.kwargs = retyped_arguments(node, dtype)
     twin.graph_module.recompile()
     args, kwargs = program.example_inputs
     twin.example_inputs = retype_tree((args, kwargs), dtype)
@@ -45,9 +45,10 @@ def retype_tree(tree: Any, dtype: torch.dtype) -> Any:
     return torch.utils._pytree.tree_map(lambda value: retype_value(value, dtype), tree)
 
 
-def _retype_call(node: fx.Node, dtype: torch.dtype) -> None:
+def retyped_arguments(node: fx.Node, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return `(args, kwargs)` of a call with every floating `dtype=` argument, also an implied one, replaced by `dtype`."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return
+        return node.args, dict(node.kwargs)
     named = arguments(node)
     changes: dict[str, Any] = {
         name: dtype for name, value in named.items() if isinstance(value, torch.dtype) and value.is_floating_point
@@ -56,5 +57,4 @@ def _retype_call(node: fx.Node, dtype: torch.dtype) -> None:
     name = node.target._schema.name.removeprefix("aten::")
     if name in _FACTORIES and named.get("dtype") is None and isinstance(value, Tensor) and value.is_floating_point():
         changes["dtype"] = dtype
-    if changes:
-        node.args, node.kwargs = positional(node, changes)
+    return positional(node, changes) if changes else (node.args, dict(node.kwargs))

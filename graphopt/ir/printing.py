@@ -34,13 +34,17 @@ _DIGESTS: Any = WeakIdKeyDictionary()
 
 
 def digest(tensor: Tensor) -> str:
-    """Return eight hex digits of a hash of the tensor's bytes; kept, as weights are never overwritten."""
-    known = _DIGESTS.get(tensor)
-    if known is None:
+    """Return eight hex digits of a hash of the tensor's bytes, in the order of its elements.
+
+    Kept for the tensor until something is written to it in place, which training does and passes never do.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    written, known = _DIGESTS.get(tensor, (None, None))
+    if known is None or written != version:
         data = tensor.detach().cpu().contiguous()
         raw = data.reshape(-1).view(torch.uint8) if data.numel() else data.to(torch.uint8)
         known = hashlib.blake2b(memoryview(raw.numpy()), digest_size=4).hexdigest()
-        _DIGESTS[tensor] = known
+        _DIGESTS[tensor] = version, known
     return str(known)
 
 

@@ -8,7 +8,7 @@ convention to and from that flat form. Weights are shared between clones and rep
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,27 +39,41 @@ class Signature:
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the flat inputs of a call; GraphoptError where the call does not have the captured structure."""
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        if spec == self.in_spec:
-            return leaves
-        args, kwargs = self._as_captured(args, kwargs)
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        if spec != self.in_spec:
-            raise GraphoptError(
-                f"the inputs do not have the structure the model was captured with: expected {', '.join(self.inputs)}, "
-                f"got {len(leaves)} value(s) for {', '.join(self._given(args, kwargs)) or 'nothing'}"
-            )
-        return leaves
+        for attempt in ((args, dict(kwargs)), self._as_captured(args, kwargs)):
+            leaves, spec = pytree.tree_flatten(attempt)
+            if spec == self.in_spec:
+                return leaves
+            if (leaves := self._flatten_like(attempt)) is not None:
+                return leaves
+        count = len(pytree.tree_leaves((args, dict(kwargs))))
+        raise GraphoptError(
+            "the inputs do not have the structure the model was captured with: expected "
+            f"{', '.join(self.inputs) or 'nothing'}, got {count} value(s) for "
+            f"{', '.join(self._given(args, kwargs)) or 'nothing'}"
+        )
+
+    def _flatten_like(self, tree: Any) -> list[Any] | None:
+        """Flatten a tree of the captured structure whose dicts may list their keys in another order."""
+        try:
+            leaves = self.in_spec.flatten_up_to(tree)
+        except ValueError:
+            return None
+        return leaves if all(pytree.tree_is_leaf(leaf) for leaf in leaves) else None
 
     def _captured_names(self) -> tuple[list[str], list[str]]:
         args_spec, kwargs_spec = self.in_spec.children()
         return list(self.parameters[: args_spec.num_children]), list(kwargs_spec.context or [])
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-        return [*self.parameters[: len(args)], *kwargs]
+        return [*self.parameters[: len(args)], *(f"input_{i}" for i in range(len(self.parameters), len(args))), *kwargs]
 
     def _as_captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Move positional values to keywords and back, so that `f(a, b)` and `f(b=b, a=a)` are one call."""
+        """Move positional values to keywords and back, so that `f(a, b)` and `f(b=b, a=a)` are one call.
+
+        A call that gives a parameter twice, or that cannot be moved, comes back as it is.
+        """
+        if set(self.parameters[: len(args)]) & set(kwargs):
+            return args, dict(kwargs)
         given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         positional, keywords = self._captured_names()
         if len(args) > len(self.parameters) or len(positional) > len(self.parameters):
@@ -114,9 +128,13 @@ class Program:
         return {str(node.target): self.weight(node) for node in self.graph.nodes if node.op == "get_attr"}
 
     def weight(self, node_or_name: fx.Node | str) -> Tensor:
-        """Return the tensor behind a `get_attr` node or a weight's name."""
+        """Return the tensor behind a `get_attr` node or a weight's name (tied names too).
+
+        Raises AttributeError where there is no such name, TypeError where it is no tensor's.
+        """
         name = str(node_or_name.target) if isinstance(node_or_name, fx.Node) else node_or_name
         value: Any = self.graph_module
+        name = self.aliases.get(name, name)
         for atom in name.split("."):
             value = getattr(value, atom)
         if not isinstance(value, Tensor):
@@ -133,9 +151,25 @@ class Program:
         return list(outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run with the model's own calling convention and return what the model returns."""
-        flat = self.run(self.signature.flatten(args, kwargs))
-        return pytree.tree_unflatten(flat, self.signature.out_spec)
+        """Run with the model's own calling convention and return what the model returns.
+
+        Raises GraphoptError where the call has another structure than the captured one, or another value where a value
+        that is no tensor became part of the program.
+        """
+        flat = self.signature.flatten(args, kwargs)
+        self._check_constants(flat)
+        return pytree.tree_unflatten(self.run(flat), self.signature.out_spec)
+
+    def _check_constants(self, flat: list[Any]) -> None:
+        for name, node, given in zip(self.signature.inputs, self.placeholders, flat, strict=True):
+            captured = node.meta.get("val")
+            if not isinstance(captured, bool | int | float | str) or isinstance(given, Tensor):
+                continue
+            if type(given) is not type(captured) or (given != captured and captured == captured):
+                raise GraphoptError(
+                    f"input {name} was captured as {captured!r} and is fixed, so it cannot be {given!r}; "
+                    "capture the model again with the value you need"
+                )
 
     def module(self) -> ProgramModule:
         """Return an eval-mode `nn.Module` with the model's signature, outputs and parameter names; weights are shared."""
@@ -144,6 +178,12 @@ class Program:
     def clone(self) -> Program:
         """Return an independent graph over the same weight tensors."""
         return self._with(graph_module(copy.deepcopy(self.graph), self.weight))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Return an independent graph over copies of the weights."""
+        twin = self.map_weights(lambda name, weight: copy.deepcopy(weight, memo))
+        twin.example_inputs = copy.deepcopy(self.example_inputs, memo)
+        return twin
 
     def map_weights(self, change: Callable[[str, Tensor], Tensor]) -> Program:
         """Return a clone whose weight called `name` is `change(name, weight)`."""
@@ -183,7 +223,11 @@ class Program:
 
 
 class ProgramModule(nn.Module):
-    """A Program as an ordinary module; its parameters, buffers and children are the graph module's own."""
+    """A Program as an ordinary module; its parameters, buffers and children are the graph module's own.
+
+    `state_dict` and `load_state_dict` use the model's names, tied ones included. Training changes the Program itself:
+    clone that first, or train `trainable(program)`, which has weights of its own.
+    """
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -192,14 +236,60 @@ class ProgramModule(nn.Module):
         self._parameters = inner._parameters
         self._buffers = inner._buffers
         self._modules = inner._modules
+        self.register_state_dict_post_hook(_give_model_names)
+        self.register_load_state_dict_pre_hook(_take_model_names)
         self.eval()
 
     @property
     def program(self) -> Program:
         return self._program  # type: ignore[return-value, unused-ignore]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        return ProgramModule(copy.deepcopy(self.program, memo))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.program(*args, **kwargs)
+
+
+def _give_model_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    assert isinstance(module, ProgramModule)
+    for alias, name in module.program.aliases.items():
+        if prefix + name in state:
+            state[prefix + alias] = state[prefix + name]
+    for alias, name in module.program.aliases.items():
+        if _is_storable_form(name, alias):
+            state.pop(prefix + name, None)
+
+
+def _take_model_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    assert isinstance(module, ProgramModule)
+    for alias, name in module.program.aliases.items():
+        if prefix + alias in state:
+            value = state.pop(prefix + alias)
+            state.setdefault(prefix + name, value)
+
+
+# Attributes that fx.GraphModule needs for itself, at the top and below: a weight cannot be stored under such a name.
+_TAKEN_AT_TOP = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+_TAKEN_BELOW = frozenset(dir(nn.Module()))
+
+
+def storable_name(name: str, taken: Collection[str] = ()) -> str:
+    """Return the name under which a weight called `name` can be stored: `graph.weight` becomes `graph_.weight`.
+
+    `taken` holds names that are in use already.
+    """
+    first, *rest = name.split(".")
+    atoms = [first + "_" * (first in _TAKEN_AT_TOP), *(atom + "_" * (atom in _TAKEN_BELOW) for atom in rest)]
+    storable = ".".join(atoms)
+    while storable != name and storable in taken:
+        storable += "_"
+    return storable
+
+
+def _is_storable_form(name: str, alias: str) -> bool:
+    storable = storable_name(alias)
+    return storable != alias and name.rstrip("_") == storable.rstrip("_")
 
 
 def graph_module(graph: fx.Graph, weight: Callable[[fx.Node], Tensor]) -> fx.GraphModule:
@@ -214,12 +304,17 @@ def graph_module(graph: fx.Graph, weight: Callable[[fx.Node], Tensor]) -> fx.Gra
 
 
 def assign_weight(root: nn.Module, name: str, value: Tensor) -> None:
-    """Store `value` under a dotted name, making plain modules on the way; a Parameter stays one, the rest are buffers."""
+    """Store `value` under a dotted name, making plain modules on the way; a Parameter stays one, the rest are buffers.
+
+    Raises TypeError where a part of the path is no module.
+    """
     *path, leaf = name.split(".")
     for atom in path:
         if not hasattr(root, atom):
             root.add_module(atom, nn.Module())
         root = getattr(root, atom)
+        if not isinstance(root, nn.Module):
+            raise TypeError(f"there can be no weight called {name}: {atom} is no module")
     if isinstance(value, nn.Parameter):
         root._buffers.pop(leaf, None)
         root.register_parameter(leaf, value)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.ir.abstract import abstract_value, fake_mode, fake_weight, refresh
 from graphopt.ir.arguments import operator, positional
 from graphopt.ir.program import Program, assign_weight, remove_weight
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -68,77 +70,126 @@ class Rewriter:
         self.author = author
         self.rule = ""
         self.changes = Changes()
-        self._keyed: dict[tuple[str, str], fx.Node] = {}
+        self._keyed: dict[tuple[str, str], Any] = {}
         self._source: dict[str, str] = {}
-        self._mode = _fake_mode(program)
+        self._replaced: list[fx.Node] = []
+        self._rewired: dict[fx.Node, None] = {}
+        self._declined: set[Site] = set()
+        self._mode = fake_mode(program.graph)
 
     @property
     def graph(self) -> fx.Graph:
         return self.program.graph
 
     def value(self, node: fx.Node) -> Tensor:
-        """Return a weight's value in float64 where it is floating (unrounded where this pass made it), else as it is."""
+        """Return a weight's value in float64 where it is floating (unrounded where this pass made it), else as it is.
+
+        The tensor is the caller's own: writing to it changes no weight.
+        """
         name = str(node.target)
         if name in self.changes.unrounded:
-            return self.changes.unrounded[name]
+            return self.changes.unrounded[name].clone()
         tensor = self.program.weight(node).detach()
-        return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+        return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     def insert(self, target: Any, *args: Any, before: fx.Node, origin: Iterable[fx.Node] = (), **kwargs: Any) -> fx.Node:
         """Insert a call before a node; `origin` names the nodes it stands for (default: `before`)."""
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.create_node("call_function", target, args, kwargs, name=_call_name(target))
         self._describe(node, list(origin) or [before])
         self.changes.edits.append(Edit("inserted", node.name, operator(node), self.rule))
         return node
 
-    def weight(self, value: Tensor, name: str, dtype: torch.dtype, source: fx.Node | None = None) -> fx.Node:
+    def weight(
+        self,
+        value: Tensor,
+        name: str,
+        dtype: torch.dtype,
+        source: fx.Node | None = None,
+        parameter: bool | None = None,
+    ) -> fx.Node:
         """Add a tensor and return the node that reads it.
 
-        `value` is rounded to `dtype` once; `source` is the weight it replaces, whose name it takes when that dies.
+        Args:
+            value: rounded to `dtype` once (floats that become integers are cut, so round codes before); copied.
+            name: dotted; made unique, and `conv.weight.scale` becomes `conv.weight_scale` where `conv.weight` is a tensor.
+            dtype: the type it is stored in.
+            source: the weight it replaces, whose name it takes when nobody reads that any more.
+            parameter: whether a floating tensor becomes a Parameter or a buffer; None: what its source is, or a Parameter.
         """
         unique = self._free_name(name)
-        stored = value.detach().to(dtype).contiguous()
-        if dtype.is_floating_point and (source is None or isinstance(self.program.weight(source), nn.Parameter)):
+        stored = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if parameter is None:
+            parameter = source is None or isinstance(self.program.weight(source), nn.Parameter)
+        if parameter and dtype.is_floating_point:
             stored = nn.Parameter(stored, requires_grad=False)
         assign_weight(self.program.graph_module, unique, stored)
         with self.graph.inserting_before(self._first_call()):
             node = self.graph.create_node("get_attr", unique, name=unique.replace(".", "_"))
-        node.meta["val"] = self._mode.from_tensor(stored, static_shapes=True)
-        if value.is_floating_point() and dtype.is_floating_point:
-            self.changes.unrounded[unique] = value.detach().to(torch.float64)
+        node.meta["val"] = fake_weight(self._mode, stored)
+        if value.is_floating_point() and dtype.is_floating_point and value.dtype != dtype:
+            self.changes.unrounded[unique] = value.detach().to(torch.float64, copy=True)
         if source is not None:
             self._source[unique] = str(source.target)
         shape = list(stored.shape)
         self.changes.edits.append(Edit("weight", unique, f"{str(dtype).removeprefix('torch.')}{shape}", self.rule))
         return node
 
+    def once(self, source: fx.Node, key: str, make: Callable[[], Made]) -> Made:
+        """Return `make()`, made once for each (source tensor, key): users of a tied weight that get the same edit share it."""
+        place = (str(source.target), key)
+        if place not in self._keyed:
+            self._keyed[place] = make()
+        return cast(Made, self._keyed[place])
+
     def edit(self, source: fx.Node, key: str, change: Callable[[Tensor], Tensor]) -> fx.Node:
-        """Return the node of the weight `change(source)`; users of a tied weight that ask for the same edit share it."""
-        known = self._keyed.get((str(source.target), key))
-        if known is None:
-            dtype = self.program.weight(source).dtype
-            known = self.weight(change(self.value(source)), str(source.target), dtype, source)
-            self._keyed[(str(source.target), key)] = known
-        return known
+        """Return the node of the weight `change(source)`, shared by all who ask for the edit called `key`."""
+        dtype = self.program.weight(source).dtype
+        return self.once(source, key, lambda: self.weight(change(self.value(source)), str(source.target), dtype, source))
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Make every user of `old` read `new`."""
-        old.replace_all_uses_with(new, propagate_meta=False)
+        """Make every user of `old` read `new`, save for those that `new` itself is computed from."""
+        if old is new:
+            return
+        feeding = _between(old, new)
+        readers = [user for user in old.users if user not in feeding]
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in feeding, propagate_meta=False)
+        self._rewired.update(dict.fromkeys(readers))
+        self._replaced.append(old)
         self.changes.edits.append(Edit("replaced", old.name, f"by {new.name}", self.rule))
 
+    def sweep(self) -> None:
+        """Erase the calls that were replaced, and whatever only they read."""
+        candidates, self._replaced = self._replaced, []
+        while candidates:
+            node = candidates.pop()
+            if node.op == "call_function" and not node.users and not node._erased:
+                candidates += node.all_input_nodes
+                self._erase(node)
+
+    def _erase(self, node: fx.Node) -> None:
+        self.graph.erase_node(node)
+        if node.op == "call_function":
+            self.changes.edits.append(Edit("removed", node.name, "dead"))
+
     def rewire(self, node: fx.Node, **arguments: Any) -> None:
-        """Set arguments of a call by their schema names."""
+        """Set arguments of a call by their schema names; TypeError where the operator has no such argument."""
         args, kwargs = positional(node, arguments)
         if args == node.args and kwargs == node.kwargs:
             return
         node.args, node.kwargs = args, kwargs
         self._stamp(node)
+        self._rewired[node] = None
         self.changes.edits.append(Edit("rewired", node.name, ", ".join(arguments), self.rule))
 
     def redirect(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
-        """Make one user read `new` where it read `old`."""
+        """Make one user read `new` wherever it read `old`; ValueError where it does not read `old`."""
+        if old not in user.all_input_nodes:
+            raise ValueError(f"{user.name} does not read {old.name}")
+        if old is new:
+            return
         user.replace_input_with(old, new)
+        self._rewired[user] = None
         self.changes.edits.append(Edit("rewired", user.name, f"{old.name} -> {new.name}", self.rule))
 
     def touch(self, node: fx.Node | str, what: str) -> None:
@@ -148,7 +199,8 @@ class Rewriter:
     def decline(self, node: fx.Node | str, reason: str) -> None:
         """Record a place this pass looked at and left, with the reason; the same refusal is recorded once."""
         site = Site(node if isinstance(node, str) else node.name, reason, self.rule)
-        if site not in self.changes.skipped:
+        if site not in self._declined:
+            self._declined.add(site)
             self.changes.skipped.append(site)
 
     def note(self, **facts: Any) -> None:
@@ -156,18 +208,25 @@ class Rewriter:
         self.changes.facts.update(facts)
 
     def finish(self) -> Changes:
-        """Remove dead calls and unused weights, give replacements the names of what they replaced, and return the record."""
+        """Bring the program into order and return the record.
+
+        Dead calls and unread weights go; a weight that replaced another takes its name where that is gone; the abstract
+        values of rewired calls, and of all that follows from them, are derived again.
+        """
         self.rule = ""
         for node in reversed(list(self.graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users:
-                self.graph.erase_node(node)
-                if node.op == "call_function":
-                    self.changes.edits.append(Edit("removed", node.name, "dead"))
+                self._erase(node)
         self._sweep_weights()
         self.graph.lint()
+        refresh(self.graph, self._mode, [node for node in self._rewired if not node._erased])
         self.program.graph_module.recompile()
+        # What was rewritten after all, or died with what read it, was not skipped.
         touched_rules = {(site.node, site.rule) for site in self.changes.touched}
-        self.changes.skipped = [s for s in self.changes.skipped if (s.node, s.rule) not in touched_rules]
+        removed = {edit.node for edit in self.changes.edits if edit.kind == "removed"}
+        self.changes.skipped = [
+            s for s in self.changes.skipped if (s.node, s.rule) not in touched_rules and s.node not in removed
+        ]
         return self.changes
 
     def _sweep_weights(self) -> None:
@@ -201,10 +260,18 @@ class Rewriter:
         return next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
 
     def _free_name(self, name: str) -> str:
-        root, candidate, count = self.program.graph_module, name, 0
-        while _has(root, candidate):
+        """Return `name` such that it can be stored: below modules only, and used by nothing else."""
+        root, path = self.program.graph_module, name.split(".")
+        for depth in range(1, len(path)):
+            inner = _attribute(root, path[:depth])
+            if inner is not None and not isinstance(inner, nn.Module):
+                path = [*path[: depth - 1], "_".join(path[depth - 1 :])]
+                break
+        base = candidate = ".".join(path)
+        taken, count = set(self.program.aliases), 0
+        while candidate in taken or _attribute(root, candidate.split(".")) is not None:
             count += 1
-            candidate = f"{name}_{count}"
+            candidate = f"{base}_{count}"
         return candidate
 
     def _describe(self, node: fx.Node, origin: list[fx.Node]) -> None:
@@ -217,14 +284,17 @@ class Rewriter:
         node.meta["custom"] = dict(like.meta.get("custom") or {}) | {
             "graphopt": {"by": self.author, "rule": self.rule, "from": list(ancestors)}
         }
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode:
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = abstract_value(self._mode, node)
 
     def _stamp(self, node: fx.Node) -> None:
         custom = dict(node.meta.get("custom") or {})
         custom["graphopt"] = {"by": self.author, "rule": self.rule, "from": provenance(node)["from"] or [node.name]}
         node.meta["custom"] = custom
+
+
+def _call_name(target: Any) -> str | None:
+    """Return the operator's bare name, so that an inserted `quantize` is called `quantize_3` here and in every export."""
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
 
 
 def provenance(node: fx.Node) -> dict[str, Any]:
@@ -242,16 +312,21 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']")
 
 
-def _has(root: nn.Module, name: str) -> bool:
+def _attribute(root: nn.Module, path: list[str]) -> Any:
     value: Any = root
-    for atom in name.split("."):
+    for atom in path:
         value = getattr(value, atom, None)
         if value is None:
-            return False
-    return True
+            return None
+    return value
 
 
-def _fake_mode(program: Program) -> FakeTensorMode:
-    values = [node.meta.get("val") for node in program.graph.nodes]
-    mode = torch._guards.detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-    return mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
+def _between(old: fx.Node, new: fx.Node) -> set[fx.Node]:
+    """Return `new` and every node that it is computed from and that stands after `old` in the graph."""
+    found, stack = {new}, [new]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found and old < source:
+                found.add(source)
+                stack.append(source)
+    return found

@@ -71,11 +71,18 @@ def rule(
 
 
 def apply_rules(rules: Iterable[Rule], rewriter: Rewriter, allowed: Callable[[fx.Node], str] = lambda node: "") -> None:
-    """Apply every rule wherever it fits until none does; `allowed` says why a node is out of bounds, or nothing."""
+    """Apply every rule wherever it fits until none does; `allowed` says why a node is out of bounds, or nothing.
+
+    Raises RuntimeError where the rules do not come to an end: a rule must leave behind what it does not match.
+    """
     rules = tuple(rules)
+    size = len(rewriter.graph.nodes)
+    # A rule may carry an operator through the graph a step a sweep, and the next node after it, but not for ever.
+    sweeps_left, firings_left = 2 * size + 16, 32 * size + 256
     progress = True
     while progress:
         progress = False
+        sweeps_left -= 1
         for node in _live(rewriter.graph):
             for each in rules:
                 match = each.match(node)
@@ -88,7 +95,15 @@ def apply_rules(rules: Iterable[Rule], rewriter: Rewriter, allowed: Callable[[fx
                 before = len(rewriter.changes.edits)
                 each.apply(match, rewriter)
                 if len(rewriter.changes.edits) > before:
+                    # A dead reader would keep its inputs from having a sole user.
+                    rewriter.sweep()
                     progress = True
+                    firings_left -= 1
+                    if sweeps_left < 0 or firings_left < 0:
+                        raise RuntimeError(
+                            f"rule {each.name} of {rewriter.author} still fires, now at {node.name}, after many rounds over "
+                            f"a graph of {size} nodes: what it leaves behind matches again"
+                        )
                     break
     rewriter.rule = ""
 
@@ -173,13 +188,15 @@ def anything(name: str) -> Pattern:
 
 
 def number(expected: float | None = None, name: str = "", tolerance: float = 1e-6) -> Pattern:
-    """Match a Python number (within a relative tolerance of `expected`), or a weight that `resolve_number` reads as one."""
+    """Match a Python number (within a relative tolerance of `expected`) and bind it to `name`, if that is given."""
 
     def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return
         if expected is None or abs(value - expected) <= tolerance * max(abs(expected), 1e-30):
-            yield bound | {name: value} if name else bound
+            yield from bind_to(value, bound)
+
+    bind_to = anything(name) if name else lambda value, bound: iter([bound])
 
     return match
 
@@ -204,6 +221,8 @@ def op(names: str, *inputs: Pattern, commutes: bool = False, bind: str = "", **a
         if len(given) < len(inputs):
             return
         orders = [given, [given[1], given[0], *given[2:]]] if commutes and len(given) > 1 else [given]
+        if bind and bound.get(bind, value) is not value:
+            return
         for order in orders:
             states = [bound | {bind: value} if bind else bound]
             for pattern, argument in zip(inputs, order, strict=True):

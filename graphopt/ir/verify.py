@@ -1,19 +1,23 @@
 """The verifier: what every Program obeys, between any two passes.
 
-Functional operators only, every node with an abstract value that its operator confirms, weights as their nodes say, and
-the outputs the model had. An error shows the node, its neighbours and the user's source line.
+Functional operators only, every node with the abstract value that its operator gives, weights as their nodes say, and the
+inputs and outputs the model had. An error shows the node, its neighbours and the user's source line.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.abstract import UNKNOWABLE, abstract_value, fake_mode, same_type
 from graphopt.ir.exported import source_line
-from graphopt.ir.printing import node_text
+from graphopt.ir.printing import node_text, type_text
 from graphopt.ir.program import Program
+
+# Functions on symbolic sizes; everything on tensors is a torch operator.
+_SCALAR_MODULES = ("_operator", "builtins", "math", "torch", "torch.fx.experimental.sym_node")
 
 
 class VerificationError(AssertionError):
@@ -21,22 +25,31 @@ class VerificationError(AssertionError):
 
 
 def verify(program: Program, reference: Program | None = None) -> None:
-    """Check `program`; with a `reference` also that inputs and outputs kept their number, shapes and dtypes."""
+    """Check `program`, and with a `reference` that the inputs and outputs are still its.
+
+    The abstract value of every call is derived again and compared; with a `reference` only where the call or one of its
+    inputs differs from the reference's node of the same name. Raises VerificationError.
+    """
     try:
         program.graph.lint()
     except RuntimeError as error:
         raise VerificationError(f"the graph is malformed: {error}") from error
-    seen: set[str] = set()
+    mode = fake_mode(program.graph)
+    before = {node.name: node for node in reference.graph.nodes} if reference is not None else {}
+    read: set[str] = set()
     for node in program.graph.nodes:
         if node.op == "call_function":
             _check_call(program, node)
+            if not _unchanged(node, before.get(node.name)):
+                _check_value(program, node, mode)
         elif node.op == "get_attr":
-            if node.target in seen:
+            if node.target in read:
                 _fail(program, node, f"weight {node.target} is read by two nodes; weights have one node each")
-            seen.add(str(node.target))
+            read.add(str(node.target))
             _check_weight(program, node)
         elif node.op not in ("placeholder", "output"):
             _fail(program, node, f"{node.op} has no place in a Program")
+    _check_no_stray_weights(program, read)
     if reference is not None:
         _check_interface(program, reference)
 
@@ -46,13 +59,38 @@ def _check_call(program: Program, node: fx.Node) -> None:
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable:
             _fail(program, node, f"{target} mutates its input")
-    elif isinstance(target, torch._ops.HigherOrderOperator) or not callable(target):
+    elif getattr(target, "__module__", None) not in _SCALAR_MODULES:
         _fail(program, node, f"{target} is no operator of a functional graph")
     if "val" not in node.meta:
         _fail(program, node, "it has no abstract value")
     for argument in node.all_input_nodes:
-        if argument.op != "placeholder" and "val" not in argument.meta:
+        if "val" not in argument.meta:
             _fail(program, node, f"its input {argument.name} has no abstract value")
+
+
+def _unchanged(node: fx.Node, before: fx.Node | None) -> bool:
+    """True where the reference has the same call on inputs of the same abstract values (clones share these objects)."""
+    if before is None or node.target != before.target or node.meta["val"] is not before.meta.get("val"):
+        return False
+    names = [fx.map_arg((each.args, each.kwargs), lambda n: n.name) for each in (node, before)]
+    if names[0] != names[1]:
+        return False
+    pairs = zip(node.all_input_nodes, before.all_input_nodes, strict=True)
+    return all(new.meta["val"] is old.meta.get("val") for new, old in pairs)
+
+
+def _check_value(program: Program, node: fx.Node, mode: Any) -> None:
+    if node.meta.get("unbacked_bindings"):
+        return
+    try:
+        derived = abstract_value(mode, node)
+    except UNKNOWABLE:
+        return
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _fail(program, node, f"its operator refuses its inputs: {reason}")
+    if not same_type(node.meta["val"], derived):
+        _fail(program, node, f"its operator gives {type_text(derived)}, the node says {type_text(node.meta['val'])}")
 
 
 def _check_weight(program: Program, node: fx.Node) -> None:
@@ -61,37 +99,45 @@ def _check_weight(program: Program, node: fx.Node) -> None:
     except (AttributeError, TypeError):
         _fail(program, node, f"there is no weight called {node.target}")
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(weight.shape) or value.dtype != weight.dtype:
-        _fail(program, node, f"weight {node.target} is {weight.dtype}{list(weight.shape)}, its node says {value}")
+    if not isinstance(value, Tensor) or not same_type(value, weight):
+        _fail(program, node, f"weight {node.target} is {type_text(weight)}, its node says {type_text(value)}")
+
+
+def _check_no_stray_weights(program: Program, read: set[str]) -> None:
+    root = program.graph_module
+    for group in (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)):
+        for name, _ in group:
+            if name not in read:
+                raise VerificationError(f"no node reads the weight {name}; Rewriter.finish removes such weights")
 
 
 def _check_interface(program: Program, reference: Program) -> None:
+    if program.signature != reference.signature:
+        raise VerificationError("the signature changed; a pass keeps the model's calling convention")
     names = [node.name for node in program.placeholders]
     if names != [node.name for node in reference.placeholders]:
         raise VerificationError(f"the inputs changed: {names}")
+    for old, new in zip(reference.placeholders, program.placeholders, strict=True):
+        was, now = old.meta.get("val"), new.meta.get("val")
+        if not same_type(was, now):
+            raise VerificationError(f"input {new.name} is {type_text(now)}, it was {type_text(was)}")
     before, after = reference.outputs, program.outputs
     if len(before) != len(after):
         raise VerificationError(f"the program has {len(after)} outputs, it had {len(before)}")
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         was, now = _abstract(old), _abstract(new)
-        if isinstance(was, Tensor) != isinstance(now, Tensor):
-            raise VerificationError(f"output {index} is {now}, it was {was}")
-        if isinstance(was, Tensor) and (was.dtype != now.dtype or was.dim() != now.dim() or not _same(was, now)):
-            raise VerificationError(
-                f"output {index} is {now.dtype}{list(now.shape)}, it was {was.dtype}{list(was.shape)}"
-            )
-
-
-def _same(was: Tensor, now: Tensor) -> bool:
-    pairs = zip(was.shape, now.shape, strict=True)
-    return all(not (isinstance(a, int) and isinstance(b, int)) or a == b for a, b in pairs)
+        if not same_type(was, now):
+            text = f"output {index} is {type_text(now)}, it was {type_text(was)}"
+            if isinstance(new, fx.Node):
+                _fail(program, new, text)
+            raise VerificationError(text)
 
 
 def _abstract(value: Any) -> Any:
     return value.meta.get("val") if isinstance(value, fx.Node) else value
 
 
-def _fail(program: Program, node: fx.Node, what: str) -> None:
+def _fail(program: Program, node: fx.Node, what: str) -> NoReturn:
     lines = [f"{node.name}: {what}"]
     nodes = list(program.graph.nodes)
     position = nodes.index(node)

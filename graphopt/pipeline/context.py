@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from graphopt.calibration.batches import Batches
 from graphopt.errors import GraphoptError
+from graphopt.progress import Progress, Silent
 from graphopt.target import Target
-
-
-class Stage(Protocol):
-    """One piece of long work in a progress display."""
-
-    def advance(self, steps: int = 1) -> None: ...
-
-
-class Progress(Protocol):
-    """Shows long work; `stage` opens a piece of `total` steps (0: unknown)."""
-
-    def stage(self, name: str, total: int = 0) -> AbstractContextManager[Stage]: ...
-
-
-class _SilentStage:
-    def advance(self, steps: int = 1) -> None:
-        pass
-
-
-class Silent:
-    """A Progress that shows nothing."""
-
-    @contextmanager
-    def stage(self, name: str, total: int = 0) -> Iterator[Stage]:
-        yield _SilentStage()
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphopt.analysis.cost import macs, parameter_bytes
+from graphopt.analysis.cost import macs, parameter_bytes, parameters, weight_bits
 from graphopt.ir.printing import node_text, program_text
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
@@ -148,5 +148,6 @@ def _lines(program: Program) -> dict[tuple[bool, str], str]:
 def _measure(record: PassRecord, program: Program) -> None:
     record.nodes = sum(node.op == "call_function" for node in program.graph.nodes)
     record.parameter_bytes, record.macs = parameter_bytes(program), macs(program)
+    record.parameters, record.weight_bits = parameters(program), weight_bits(program)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     record.peak_memory_bytes = peak if sys.platform == "darwin" else peak * 1024

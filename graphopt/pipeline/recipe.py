@@ -46,7 +46,7 @@ class Recipe:
     @staticmethod
     def from_yaml(text: str, source: str = "the recipe") -> Recipe:
         """Read a recipe; GraphoptError says what is wrong and where."""
-        data = _load(text, source)
+        data = read_yaml(text, source)
         if not isinstance(data, dict):
             raise GraphoptError(f"{source} must be a mapping with the keys {', '.join(_KEYS)}")
         for key in data:
@@ -121,7 +121,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _load(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
+    """Read untrusted YAML as plain data, without anchors, up to a megabyte; GraphoptError says what is wrong and where."""
     if len(text.encode("utf-8", "replace")) > _MAX_BYTES:
         raise GraphoptError(f"{source} is larger than {_MAX_BYTES >> 20} MB; a recipe is a short list of passes")
     try:

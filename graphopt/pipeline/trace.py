@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from graphopt.errors import GraphoptError, nearest
 from graphopt.files import write_text
 from graphopt.ir.rewriter import Site
@@ -32,6 +34,7 @@ class PassRecord:
         text: the program after the pass. before: the program's text before it.
         nodes_added, nodes_removed, nodes_changed: names of operators; weights_added, ...: names of weights.
         parameter_bytes, macs, nodes: of the program after the pass.
+        parameters: its weight elements, without scales. weight_bits: of all its weights, codes packed, scales included.
         seconds: of the pass itself; validation_seconds: of checking it. peak_memory_bytes: of the process so far.
         error: relative error of the algebra (exact passes that changed something). rounding_error: of rounding weights.
         sqnr_db: of the outputs against the captured program (lossy passes that changed something).
@@ -55,6 +58,8 @@ class PassRecord:
     weights_changed: list[str] = field(default_factory=list)
     nodes: int = 0
     parameter_bytes: int = 0
+    parameters: int = 0
+    weight_bits: int = 0
     macs: int = 0
     seconds: float = 0.0
     validation_seconds: float = 0.0
@@ -70,6 +75,11 @@ class PassRecord:
     @property
     def changed(self) -> bool:
         return self.text != self.before
+
+    @property
+    def stem(self) -> str:
+        """Name of the record's files in a trace folder, without ending: `007_fold_batch_norm`."""
+        return f"{self.index:03d}_{re.sub(r'[^A-Za-z0-9_]+', '_', self.key)}"
 
     def diff(self, context: int = 3) -> str:
         """Return the unified diff of the program's text before and after; empty when nothing changed."""
@@ -90,10 +100,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _finite(each) for key, each in value.items()}
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _read(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and value in ("inf", "-inf", "nan") else value
 
 
 class Trace:
@@ -125,22 +131,24 @@ class Trace:
         """Write every record as text and JSON."""
         folder.mkdir(parents=True, exist_ok=True)
         for record in self.records:
-            stem = folder / f"{record.index:03d}_{re.sub(r'[^A-Za-z0-9_]+', '_', record.key)}"
+            stem = folder / record.stem
             write_text(stem.with_suffix(".txt"), record.text)
             write_text(stem.with_suffix(".json"), json.dumps(record.to_dict(), indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path) -> Trace:
         """Read what `save` wrote; GraphoptError where a record is damaged."""
-        fields = {field.name for field in dataclasses.fields(PassRecord)}
+        known = {field.name for field in dataclasses.fields(PassRecord)} - {"text", "before"}
+        reader = TypeAdapter(PassRecord)
         records: list[PassRecord] = []
         for path in sorted(folder.glob("*.json")):
             try:
-                data = {key: _read(value) for key, value in json.loads(path.read_text()).items() if key in fields}
-                text = path.with_suffix(".txt").read_text()
-                for key in ("touched", "skipped"):
-                    data[key] = [Site(**site) for site in data[key]]
-                records.append(PassRecord(text=text, before=records[-1].text if records else text, **data))
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise GraphoptError(f"the trace file {path} is damaged ({error}); run the optimization again") from None
+                data = json.loads(path.read_text(encoding="utf-8"))
+                text = path.with_suffix(".txt").read_text(encoding="utf-8")
+                data = {key: value for key, value in data.items() if key in known}
+                data |= {"text": text, "before": records[-1].text if records else text}
+                records.append(reader.validate_python(data))
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                reason = str(error).splitlines()[0]
+                raise GraphoptError(f"the trace file {path} is damaged ({reason}); run the optimization again") from None
         return Trace(records)

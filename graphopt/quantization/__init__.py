@@ -1,4 +1,4 @@
-"""Quantization as a product of choices: grids, ranges, objectives, rounding (see docs)."""
+"""Quantization as a product of choices: grids, ranges, objectives, rounding; and where Q/DQ stand in a graph."""
 
 from graphopt.quantization.grids import IntegerGrid, grid, register_grid
 

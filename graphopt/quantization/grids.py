@@ -52,23 +52,20 @@ class IntegerGrid:
         Computed in the wider of x's dtype and float32, so that half-precision inputs round as the runtime rounds them.
         A value without a place on the grid (NaN) gets the code of zero.
         """
-        compute = torch.promote_types(x.dtype, torch.float32)
-        codes = torch.round(x.to(compute) / scale.to(compute))
-        if zero_point is not None:
-            codes = codes + zero_point.to(compute)
-        # float32 cannot hold 2**31 - 1: a 32-bit grid is clamped in float64.
-        if self.bits > 24:
-            codes = codes.to(torch.float64)
-        zero = 0.0 if zero_point is None else zero_point.to(codes.dtype)
-        codes = torch.where(torch.isnan(codes), zero, codes)
+        # float32 holds neither 2**31 - 1 nor every code of a 32-bit grid.
+        compute = torch.float64 if self.bits > 24 else torch.promote_types(x.dtype, torch.float32)
+        steps = torch.round(x.to(compute) / scale.to(compute))
+        steps = torch.where(torch.isnan(steps), torch.zeros_like(steps), steps)
+        codes = steps if zero_point is None else steps + zero_point.to(compute)
         return codes.clamp(self.code_min, self.code_max).to(self.storage)
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Return `(codes - zero_point) * scale` in the dtype of `scale`."""
-        if zero_point is None:
-            return codes.to(scale.dtype) * scale
-        # The difference of two codes is exact in int32; in half precision it would not be.
-        return (codes.to(torch.int32) - zero_point.to(torch.int32)).to(scale.dtype) * scale
+        """Return `(codes - zero_point) * scale` in the dtype of `scale`, rounded to it once."""
+        # The difference of two codes is exact in the wider integer type; in half precision it would not be.
+        whole = torch.int32 if self.bits <= 16 else torch.int64
+        steps = codes if zero_point is None else codes.to(whole) - zero_point.to(whole)
+        compute = torch.promote_types(scale.dtype, torch.float32)
+        return (steps.to(compute) * scale.to(compute)).to(scale.dtype)
 
 
 _GRIDS: dict[str, IntegerGrid] = {}

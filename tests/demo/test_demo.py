@@ -1,8 +1,11 @@
 """The demo's data, training, cache and metric."""
 
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,13 +90,11 @@ def test_images_and_labels_belong_together() -> None:
         (found.test_images, found.test_labels, found.test_rows),
     ):
         assert torch.equal(labels, torch.from_numpy(classes)[rows])
-        # Averaging 4x4 cells comes close to undoing the interpolation, so each image correlates with its own scan.
+        # Averaging 4x4 cells nearly undoes the interpolation, so each image correlates with its own scan.
         cells = nn.functional.avg_pool2d(images[:, :1], 4).flatten(1)
         own = torch.from_numpy(scans).float()[rows]
-        pairs = torch.stack(
-            [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(cells, own, strict=True)]
-        )
-        assert pairs.min() > 0.95
+        similar = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(cells, own, strict=True)]
+        assert min(similar) > 0.95
 
 
 def test_normalised_by_the_training_images_alone() -> None:
@@ -140,14 +141,10 @@ def test_training_is_deterministic_and_leaves_the_global_state() -> None:
 
 
 def test_another_seed_gives_other_weights() -> None:
-    from dataclasses import replace
-
     assert not same(weights_of(train(TINY, digits())), weights_of(train(replace(TINY, seed=1), digits())))
 
 
 def test_training_does_not_read_the_test_images() -> None:
-    from dataclasses import replace
-
     found = digits()
     blind = replace(
         found,
@@ -164,8 +161,9 @@ def test_progress_counts_every_step() -> None:
 
 
 def test_a_short_training_learns() -> None:
-    config = TrainingConfig(channels=(8, 16), blocks=1, epochs=3, threads=2)
-    assert graphopt.demo.evaluate(train(config, digits())) > 70
+    """Guessing gives 10 %; three seeds of this configuration gave 91.6-94.7 %."""
+    config = TrainingConfig(channels=(8, 16, 32), blocks=1, epochs=5, threads=1)
+    assert graphopt.demo.evaluate(train(config, digits())) > 85
 
 
 @pytest.mark.slow
@@ -196,8 +194,6 @@ def test_what_is_read_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_key_changes_with_configuration_and_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     path = weights_path(TINY, tmp_path)
     assert weights_path(replace(TINY, epochs=2), tmp_path) != path
     monkeypatch.setattr(torch, "__version__", "9.9")
@@ -205,8 +201,6 @@ def test_key_changes_with_configuration_and_torch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_key_changes_with_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import inspect
-
     path = weights_path(TINY, tmp_path)
     original = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda item: original(item) + ("#" if item is data else ""))
@@ -252,16 +246,9 @@ def lose_a_tensor(path: Path) -> None:
 
 
 def weights_of_another_network(path: Path) -> None:
-    from dataclasses import replace
-
     other = replace(TINY, channels=(8, 8))
     trained(other, folder=path.parent)
     os.replace(weights_path(other, path.parent), path)
-
-
-def a_folder_in_its_place(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
 
 
 DAMAGES = [
@@ -276,7 +263,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_corrupt_cache_is_trained_anew_and_replaced(damage, tmp_path: Path) -> None:
+def test_corrupt_cache_is_trained_anew_and_replaced(damage: Callable[[Path], None], tmp_path: Path) -> None:
     good = weights_of(trained(TINY, folder=tmp_path))
     path = weights_path(TINY, tmp_path)
     damage(path)
@@ -302,10 +289,12 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 
 def test_folder_in_place_of_the_file_is_a_warning(tmp_path: Path) -> None:
     trained(TINY, folder=tmp_path)
-    a_folder_in_its_place(weights_path(TINY, tmp_path))
+    path = weights_path(TINY, tmp_path)
+    path.unlink()
+    path.mkdir()
     with pytest.warns(UserWarning, match="GRAPHOPT_CACHE"):
         trained(TINY, folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [weights_path(TINY, tmp_path).name]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_interrupted_training_leaves_nothing(tmp_path: Path) -> None:

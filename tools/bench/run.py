@@ -5,8 +5,8 @@
     tools/bench/run.py --task cnn50                          every method; tables and limits at the end
     tools/bench/run.py --task cnn50 --method onnxruntime     one of them (fp32 is always measured)
 
-Needs python3 alone: environments are made on demand. Each step is a process of its own, whose time and peak
-memory are measured; latency of all files is measured interleaved in one process with one thread.
+Needs Python 3.11 alone: environments are made on demand. Each step is a process of its own, whose time and
+peak memory are measured; latency of all files is measured interleaved in one process with one thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ from methods import METHODS, OWN, Method
 from tasks import TASKS
 
 THREADS = 1
+CHILD_ENVIRONMENT = {
+    "PYTHONPATH": str(BENCH),
+    "HF_HUB_OFFLINE": "1",  # models are made from their configuration; nothing is to be fetched
+    "NNCF_CI": "1",  # NNCF sends usage data otherwise
+}
 
 
 class ChildFailed(Exception):
@@ -49,6 +54,7 @@ class Runner:
         print(f"  {label} ...", end="", file=sys.stderr, flush=True)
         paths = {kind: self.folder / f"{label}.{kind}" for kind in ("job.json", "result.json", "log")}
         paths["result.json"].unlink(missing_ok=True)
+        paths["log"].unlink(missing_ok=True)
         paths["job.json"].write_text(json.dumps({**job, "result": str(paths["result.json"])}))
         try:
             command = [python_of(environment), BENCH / "children" / script, paths["job.json"]]
@@ -56,7 +62,7 @@ class Runner:
                 subprocess.run(
                     command,
                     cwd=self.folder,
-                    env={**os.environ, "PYTHONPATH": str(BENCH)},
+                    env={**os.environ, **CHILD_ENVIRONMENT},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     timeout=self.timeout_seconds,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make Markdown tables of the benchmark's JSON lines: the last run of each task, and whether its limits hold.
 
-    tools/bench/table.py runs/bench/results.jsonl [--task NAME] [--all] [--check]
+tools/bench/table.py runs/bench/results.jsonl [--task NAME] [--all] [--check]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 def _number(figures: Row, name: str, form: str, divide_by: float = 1) -> str:
     value = figures.get(name)
-    return "" if value is None else format(value / divide_by, form)
+    return "" if value is None else format(value / divide_by if divide_by != 1 else value, form)
 
 
 def _kernels(figures: Row) -> str:
@@ -52,6 +52,8 @@ def render(group: Mapping[str, records.Record]) -> str:
     machine = first["machine"]
     vnni = {True: "VNNI", False: "no VNNI", None: "VNNI unknown"}[machine["vnni"]]
     task = TASKS.get(first["task"])
+    unit = f" {task.metric_unit}" if task and task.metric_unit else ""
+    heads = [title.strip() + unit * (title in ("metric", "drop")) for title in titles]
     lines = [
         f"### {first['task']}" + (f": {task.summary}" if task else ""),
         "",
@@ -59,7 +61,7 @@ def render(group: Mapping[str, records.Record]) -> str:
         f"{first['rounds']} interleaved rounds, ONNX Runtime {first['versions'].get('onnxruntime', '?')}; "
         f"commit {first['commit']}, {first['date']}.",
         "",
-        "| method | " + " | ".join(title.strip() for title in titles) + " |",
+        "| method | " + " | ".join(heads) + " |",
         "|---|" + "---:|" * len(titles),
     ]
     lines += [f"| {name} | " + " | ".join(rows[name][title] for title in titles) + " |" for name in order]

@@ -88,7 +88,9 @@ def _cnn50() -> Material:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model = ResNetForImageClassification(ResNetConfig())
+    config = ResNetConfig()
+    config.num_labels = 1000
+    model = ResNetForImageClassification(config)
     _settle_batch_norms(model, [torch.cat(_textured_images(16, 224, seed)) for seed in range(100, 104)])
     calibration: list[Inputs] = [{"pixel_values": image} for image in _textured_images(64, 224, seed=1)]
     heldout: list[Inputs] = [{"pixel_values": image} for image in _textured_images(16, 224, seed=2)]

@@ -1,0 +1,5 @@
+"""ONNX files for ONNX Runtime."""
+
+from graphopt.backends.onnx.backend import OnnxBackend
+
+__all__ = ["OnnxBackend"]

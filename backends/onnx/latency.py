@@ -1,0 +1,102 @@
+"""Latency of ONNX files in ONNX Runtime's CPU provider, measured so that ratios between them can be trusted.
+
+All sessions stay loaded and take turns (A B A B ...), so that drift of the machine's clock, temperature and
+load falls on all of them alike; idle sessions' worker threads do not spin into another one's turn; medians
+are taken over single runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime
+
+from graphopt.backends.onnx.compare import load_session, select_feeds, session_options
+from graphopt.errors import GraphoptError
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one file; `samples_ms` holds every single timed run in the order measured."""
+
+    median_ms: float
+    minimum_ms: float
+    samples_ms: tuple[float, ...]
+
+    @property
+    def samples(self) -> int:
+        """Number of timed runs."""
+        return len(self.samples_ms)
+
+
+def measure_latency(
+    models: Mapping[str, str | Path],
+    feeds: Mapping[str, npt.NDArray[Any]],
+    threads: int = 1,
+    min_seconds: float = 1.0,
+    rounds: int = 8,
+    max_seconds: float = 30.0,
+) -> dict[str, Latency]:
+    """Measure the files in `models` (label -> path) in turns on the same `feeds` (input name -> array).
+
+    Each file is run for at least `min_seconds` in `rounds` turns, unless that would take more than
+    `max_seconds` for all files together: then turns get shorter and fewer, but never fewer than three of one
+    run each.
+    Raises GraphoptError when a file does not load, an input is missing, or an argument is not positive.
+    """
+    if threads < 1 or rounds < 1 or min_seconds <= 0 or max_seconds <= 0:
+        raise GraphoptError("threads, rounds, min_seconds and max_seconds must be positive")
+    runners = {label: _Runner.load(path, feeds, threads) for label, path in models.items()}
+    slowest = {label: runner.warm_up() for label, runner in runners.items()}
+    turn_seconds = min(min_seconds, max_seconds / max(len(runners), 1)) / rounds
+    round_seconds = sum(max(turn_seconds, once) for once in slowest.values())
+    turns = max(min(rounds, 3), min(rounds, int(max_seconds / round_seconds))) if round_seconds else rounds
+    samples: dict[str, list[float]] = {label: [] for label in runners}
+    for _ in range(turns):
+        for label, runner in runners.items():
+            runner.run()  # untimed: brings this model's weights back into the caches that the others took
+            until = time.perf_counter() + turn_seconds
+            while True:
+                samples[label].append(runner.run())
+                if time.perf_counter() >= until:
+                    break
+    return {
+        label: Latency(statistics.median(each), min(each), tuple(each)) for label, each in samples.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Runner:
+    session: onnxruntime.InferenceSession
+    feeds: dict[str, npt.NDArray[Any]]
+    names: list[str]
+
+    @staticmethod
+    def load(path: str | Path, feeds: Mapping[str, npt.NDArray[Any]], threads: int) -> _Runner:
+        session = load_session(path, session_options(threads))
+        return _Runner(session, select_feeds(session, feeds), [each.name for each in session.get_outputs()])
+
+    def run(self) -> float:
+        """Run once; return milliseconds."""
+        start = time.perf_counter()
+        self.session.run(self.names, self.feeds)
+        return (time.perf_counter() - start) * 1e3
+
+    def warm_up(self) -> float:
+        """Run until memory is allocated and caches are warm; return the seconds of one warm run."""
+        start = time.perf_counter()
+        try:
+            self.run()
+        except Exception as error:  # onnxruntime's exception classes are not public
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise GraphoptError(f"ONNX Runtime cannot run the model: {message}; check the inputs") from None
+        once = self.run()
+        while time.perf_counter() - start < 0.05:
+            once = min(once, self.run())
+        return once / 1e3

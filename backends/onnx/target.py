@@ -1,0 +1,67 @@
+"""Target profiles of ONNX Runtime: what its CPU execution provider runs on integers.
+
+Read off the runtime's QDQ selectors and confirmed by dumping optimized graphs; `check_fusion` proves every export again.
+"""
+
+from __future__ import annotations
+
+from graphopt.target import IntegerOperator, Target
+
+_CONVOLUTION = IntegerOperator("anchor", inputs=("input",))
+_LINEAR = IntegerOperator("anchor", inputs=("input",), requires_output=False, dynamic=True)
+_BINARY = IntegerOperator("follower", inputs=("self", "other"))
+_UNARY = IntegerOperator("follower")
+_MOVE = IntegerOperator("transparent")
+_CLAMP = IntegerOperator("absorbed")
+
+ONNXRUNTIME_CPU = Target(
+    name="onnxruntime-cpu",
+    backend="onnx",
+    activation_format="uint8",
+    weight_format="int8",
+    bias_format="int32",
+    operators={
+        "conv1d": _CONVOLUTION,
+        "conv2d": _CONVOLUTION,
+        "linear": _LINEAR,
+        "add": _BINARY,
+        "mul": _BINARY,
+        "cat": IntegerOperator("follower", inputs=("tensors",)),
+        "avg_pool1d": _UNARY,
+        "avg_pool2d": _UNARY,
+        "adaptive_avg_pool1d": _UNARY,
+        "adaptive_avg_pool2d": _UNARY,
+        "sigmoid": _UNARY,
+        "leaky_relu": _UNARY,
+        "max_pool1d": _MOVE,
+        "max_pool2d": _MOVE,
+        "view": _MOVE,
+        "reshape": _MOVE,
+        "_unsafe_view": _MOVE,
+        "flatten": _MOVE,
+        "permute": _MOVE,
+        "transpose": _MOVE,
+        "squeeze": _MOVE,
+        "unsqueeze": _MOVE,
+        "slice": _MOVE,
+        "split": _MOVE,
+        "split_with_sizes": _MOVE,
+        "chunk": _MOVE,
+        "relu": _CLAMP,
+        "relu6": _CLAMP,
+        "hardtanh": _CLAMP,
+        "clamp": _CLAMP,
+        "clamp_min": _CLAMP,
+    },
+    reasons={
+        "conv_transpose1d": "the CPU provider has no integer transposed convolution",
+        "conv_transpose2d": "the CPU provider has no integer transposed convolution",
+        "conv_transpose3d": "the CPU provider has no integer transposed convolution",
+        "conv3d": "the CPU provider has no integer 3-D convolution",
+        "scaled_dot_product_attention": "attention scores stay float: quantizing them costs accuracy and breaks the fused operator",
+        "matmul": "products of two activations stay float: both ranges would be unknown to the weights",
+        "bmm": "products of two activations stay float: both ranges would be unknown to the weights",
+    },
+)
+
+TARGETS = (ONNXRUNTIME_CPU,)

@@ -1,0 +1,87 @@
+"""The state a module is captured in, and putting it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's module inside `torch.compile`'s and DataParallel's wrappers."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[bool]:
+    """Hold `model` in eval mode without gradients; yield whether any part of it was in train mode.
+
+    On leaving, every submodule's training flag, attributes and buffers are what they were: forward may count calls in a
+    buffer, and tracing leaves abstract tensors in attributes that forward assigns.
+    """
+    flags = {module: module.training for module in model.modules()}
+    was_training = any(flags.values())
+    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            if was_training:
+                _evaluate(model)
+            yield was_training
+        finally:
+            if was_training and model.__class__.train is not nn.Module.train and flags[model]:
+                _train(model)  # a class with its own train() may have to undo what its eval() did
+            for module, flag in flags.items():
+                module.training = flag
+
+
+def _evaluate(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError:  # an exported program's module has its mode built in
+        for module in model.modules():
+            module.training = False
+
+
+def _train(model: nn.Module) -> None:
+    try:
+        model.train()
+    except NotImplementedError:
+        return
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    attributes = {module: dict(module.__dict__) for module in model.modules()}
+    registries = {module: {key: dict(getattr(module, key)) for key in _REGISTRIES} for module in attributes}
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for module, saved in attributes.items():
+            module.__dict__.clear()
+            module.__dict__.update(saved)
+            for key, entries in registries[module].items():
+                registry: dict[str, Any] = getattr(module, key)
+                registry.clear()
+                registry.update(entries)
+        with torch.no_grad():
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    _restore(buffer, value)
+
+
+def _restore(buffer: Tensor, value: Tensor) -> None:
+    if buffer.shape == value.shape:
+        buffer.copy_(value)
+    else:
+        buffer.set_(value)

@@ -1,0 +1,189 @@
+"""The commands and their options. Each is a few lines: the calls that a user of Python makes do the work.
+
+typer, because it derives parsing, checking and help from the types below; click underneath does the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.cli import console
+
+app = typer.Typer(
+    name="graphopt",
+    help="An optimizing compiler for neural networks: PyTorch in; smaller, faster, verified ONNX out.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from graphopt.report.report import graphopt_version
+
+        print(f"graphopt {graphopt_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show stack traces.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def optimize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="package.module:factory, which returns a module, or a module and its example inputs "
+            "(and dynamic shapes); or a .pt2 file."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="RUN_DIR", help="Folder to write the run to.")
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Built-in recipe, or a YAML file. Default: int8 with data."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="One array per input name, axis 0 = samples.")
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="The metric: function(model) -> float, higher is better."
+        ),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Node, weight or module names that no pass quantizes. Repeatable."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="target, seed, budget.FIELD or PASS.FIELD. Repeatable."
+        ),
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Allow unpickling a .pt2; this runs code from the file.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Target profile. Default: onnxruntime-cpu.")
+    ] = None,
+) -> None:
+    """Optimize a model and write a run directory.
+
+    It holds model.onnx, model.pt2, recipe.yaml, report.json, report.html and trace/.
+    """
+    from graphopt.cli.optimize import Request, run
+
+    request = Request(
+        model,
+        output,
+        recipe,
+        calibration,
+        evaluate,
+        tuple(keep_float or ()),
+        tuple(set_ or ()),
+        trust,
+        seed,
+        target,
+    )
+    result = run(request)
+    out = console.out()
+    out.print(result.report)
+    out.print()
+    console.paths(out, output)
+
+
+@app.command()
+def inspect(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that graphopt wrote.")],
+    pass_: Annotated[
+        str | None,
+        typer.Option("--pass", metavar="NAME", help="Show this pass: its diff and what it skipped."),
+    ] = None,
+) -> None:
+    """Show what a run did, or what one pass of it did."""
+    from graphopt.cli.show import pass_text
+    from graphopt.report import Report
+
+    report = Report.read(run_dir)
+    print(report.summary() if pass_ is None else pass_text(report, pass_), end="")
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx|RUN_DIR", help="What to time.")],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="OTHER.onnx|RUN_DIR", help="Time this too, in turns with the first."),
+    ] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="Backend that runs the file.")] = "onnx",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+) -> None:
+    """Time a model in its runtime and show where the time goes."""
+    from graphopt.cli.bench import bench_text
+
+    print(bench_text(model, against, backend, threads), end="")
+
+
+@app.command()
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+) -> None:
+    """Compare two runs.
+
+    Recipe, sizes, metric, errors and latency, and what differs pass by pass.
+    """
+    from graphopt.cli.difference import difference_text
+
+    print(difference_text(run_a, run_b), end="")
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass.")] = None,
+) -> None:
+    """List the passes, or describe one and its options."""
+    from graphopt.cli.show import pass_help, passes_text
+
+    print(passes_text() if name is None else pass_help(name), end="")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this recipe.")] = None,
+) -> None:
+    """List the recipes, or print one as YAML."""
+    from graphopt.cli.show import recipes_text
+    from graphopt.pipeline import builtin
+
+    print(recipes_text() if name is None else builtin(name).to_yaml(), end="")
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="RUN_DIR", help="Folder to write the run to.")
+    ] = Path("runs/demo"),
+) -> None:
+    """Train a small CNN on real data and optimize it.
+
+    A residual CNN on scikit-learn's digits, to int8; it prints accuracy, size and latency of both.
+    """
+    from graphopt.cli.demo import run
+
+    run(output, console.out())

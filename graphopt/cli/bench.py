@@ -1,0 +1,91 @@
+"""`graphopt bench`: latencies of one file or two, measured in turns, and where the time goes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.backend import Timing
+from graphopt.cli.console import WIDTH
+from graphopt.errors import GraphoptError
+from graphopt.pipeline import backend as backend_by_name
+from graphopt.report.text import plain
+from graphopt.result import MARKER
+
+_MOST = 10  # operator types and nodes shown
+
+
+def bench_text(model: Path, against: Path | None, backend: str, threads: int) -> str:
+    """Return the measurements as plain text; GraphoptError where a file is missing or does not run."""
+    paths = {"model": model_file(model)}
+    if against is not None:
+        paths["against"] = model_file(against)
+    timings = backend_by_name(backend).measure(paths, threads)
+    head = Text(
+        f"inputs {', '.join(timings['model'].inputs)}; {threads} thread{'s' * (threads > 1)}; runs in turns\n"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("", "median ms", "least ms", "runs", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left")
+    reference = timings.get("against", timings["model"]).latency_ms
+    for label, path in paths.items():
+        each = timings[label]
+        ratio = f"{each.latency_ms / reference:.2f}×" if len(paths) > 1 and reference else ""
+        table.add_row(
+            Text(str(path)), f"{each.latency_ms:.3f}", f"{each.minimum_ms:.3f}", str(each.runs), ratio
+        )
+    parts: list[RenderableType] = [head, table, Text(f"\nwhere the time goes in {paths['model']}\n")]
+    return plain(Group(*parts, types(timings), Text(), nodes(timings["model"])), WIDTH)
+
+
+def model_file(path: Path) -> Path:
+    """Return the model that a path means: the file itself, or that of a run directory."""
+    if not path.exists():
+        raise GraphoptError(f"there is no file {path}")
+    if not path.is_dir():
+        return path
+    if not (path / MARKER).is_file():
+        raise GraphoptError(f"{path} is no run directory: it holds no {MARKER}")
+    if not (path / "model.onnx").is_file():
+        raise GraphoptError(f"{path} holds no model.onnx; its report says why (graphopt inspect {path})")
+    return path / "model.onnx"
+
+
+def types(timings: dict[str, Timing]) -> Table:
+    """Return milliseconds by operator type, the slowest of the model first, of both files side by side."""
+    sums = {label: _by_type(each) for label, each in timings.items()}
+    total = sum(time for time, _ in sums["model"].values()) or 1.0
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("operator")
+    for heading in ("ms", "share", "nodes", *(("ms against", "nodes against") if "against" in sums else ())):
+        table.add_column(heading, justify="right")
+    slowest = sorted(sums["model"].items(), key=lambda each: -each[1][0])
+    for name, (time, count) in slowest[:_MOST]:
+        row = [name, f"{time:.3f}", f"{time / total:.0%}", str(count)]
+        if "against" in sums:
+            other, number = sums["against"].get(name, (0.0, 0))
+            row += [f"{other:.3f}", str(number)]
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def nodes(timing: Timing) -> Table:
+    """Return the slowest nodes."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("node", overflow="fold")
+    table.add_column("operator")
+    table.add_column("ms", justify="right")
+    for name, operator, time in timing.nodes[:_MOST]:
+        table.add_row(Text(name), Text(operator), f"{time:.3f}")
+    return table
+
+
+def _by_type(timing: Timing) -> dict[str, tuple[float, int]]:
+    times: dict[str, list[float]] = defaultdict(list)
+    for _, operator, time in timing.nodes:
+        times[operator].append(time)
+    return {operator: (sum(each), len(each)) for operator, each in times.items()}

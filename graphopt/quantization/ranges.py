@@ -1,0 +1,101 @@
+"""Ranges: from a distribution to scale and zero point.
+
+    minmax       all that was seen
+    percentile   all but the given share at either end
+    mse          the clipping that minimises the expected squared error of rounding and clipping
+    entropy      the clipping that minimises KL(clipped || quantized), after "8-bit Inference with TensorRT"
+
+`mse` and `entropy` search one factor alpha: the range is [alpha * low, alpha * high]. Zero is always inside, so that
+padding and ReLU are exact, and a range that starts at zero has its zero point at the grid's smallest code.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.calibration.observers import Histogram
+from graphopt.quantization.grids import IntegerGrid
+
+Observer = Literal["minmax", "percentile", "mse", "entropy"]
+_ALPHAS = np.linspace(1.0, 0.2, 81)
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+
+
+def choose_range(seen: Histogram, grid: IntegerGrid, observer: Observer, percentile: float = 99.99) -> tuple[float, float]:
+    """Return (low, high), low <= 0 <= high, for the distribution `seen`."""
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    if seen.empty or low == high:
+        return 0.0, 0.0
+    if observer == "percentile":
+        return _percentile(seen, percentile, low, high)
+    if observer == "minmax":
+        return low, high
+    cost = _squared_error if observer == "mse" else _divergence
+    centers = seen.centers()
+    costs = [cost(seen.counts, centers, alpha * low, alpha * high, grid) for alpha in _ALPHAS]
+    alpha = float(_ALPHAS[int(np.argmin(costs))])  # of equal costs the widest
+    return alpha * low, alpha * high
+
+
+def affine(low: float, high: float, grid: IntegerGrid) -> tuple[float, int]:
+    """Return (scale, zero point) of the asymmetric grid over [low, high], which holds zero; the scale is a float32."""
+    scale = float(np.float32((high - low) / (grid.code_max - grid.code_min)))
+    if scale < _SMALLEST_SCALE:
+        return 1.0, grid.code_min if low == 0 else 0
+    zero_point = round(grid.code_min - low / scale)
+    return scale, min(max(zero_point, grid.code_min), grid.code_max)
+
+
+def symmetric_scale(weight: Tensor, grid: IntegerGrid, axis: int) -> Tensor:
+    """Return float64 [channels]: max|w| of each channel over the grid's largest code; 1 for a channel of zeros.
+
+    `weight`: [..., channels at `axis`, ...]. The smallest code stays unused, so that codes are symmetric.
+    """
+    others = [dim for dim in range(weight.dim()) if dim != axis % weight.dim()]
+    largest = weight.to(torch.float64).abs()
+    largest = largest.amax(dim=others) if others else largest
+    scale = (largest / grid.code_max).to(torch.float32).to(torch.float64)
+    return torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
+
+
+def _percentile(seen: Histogram, percentile: float, low: float, high: float) -> tuple[float, float]:
+    share = (100.0 - percentile) / 100.0
+    cumulative = np.cumsum(seen.counts) / max(seen.counts.sum(), 1.0)
+    edges = seen.centers() + seen.edge / len(seen.counts)
+    first = int(np.searchsorted(cumulative, share, side="right"))
+    last = min(int(np.searchsorted(cumulative, 1.0 - share)), len(edges) - 1)
+    cut_low = float(edges[first - 1]) if first > 0 else low
+    return max(low, min(cut_low, 0.0)), min(high, max(float(edges[last]), 0.0))
+
+
+def _squared_error(counts: np.ndarray, centers: np.ndarray, low: float, high: float, grid: IntegerGrid) -> float:
+    scale, zero_point = affine(low, high, grid)
+    codes = np.clip(np.round(centers / scale) + zero_point, grid.code_min, grid.code_max)
+    return float(np.sum(counts * np.square((codes - zero_point) * scale - centers)))
+
+
+def _divergence(counts: np.ndarray, centers: np.ndarray, low: float, high: float, grid: IntegerGrid) -> float:
+    """KL between the clipped distribution and its image on the grid, spread evenly over the bins it came from."""
+    scale, zero_point = affine(low, high, grid)
+    codes = np.clip(np.round(centers / scale) + zero_point, grid.code_min, grid.code_max).astype(np.int64) - grid.code_min
+    inside = (centers >= low - scale / 2) & (centers <= high + scale / 2)
+    clipped = np.where(inside, counts, 0.0)
+    below, above = counts[centers < low - scale / 2].sum(), counts[centers > high + scale / 2].sum()
+    positions = np.flatnonzero(inside)
+    if positions.size == 0:
+        return float("inf")
+    clipped[positions[0]] += below
+    clipped[positions[-1]] += above
+    held = np.where(inside, counts, 0.0)
+    occupied = held > 0
+    mass = np.bincount(codes, weights=held, minlength=grid.code_max - grid.code_min + 1)
+    members = np.bincount(codes, weights=occupied.astype(float), minlength=mass.size)
+    image = np.where(occupied, mass[codes] / np.maximum(members[codes], 1.0), 0.0)
+    p, q = clipped / clipped.sum(), image / max(image.sum(), 1e-300)
+    # A bin that holds only clipped mass has no image: a small floor makes that dear, not infinite.
+    support = p > 0
+    return float(np.sum(p[support] * np.log(p[support] / np.maximum(q[support], 1e-9))))

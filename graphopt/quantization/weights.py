@@ -1,0 +1,60 @@
+"""Weights as integer codes in a program: codes, scale and zero point as weights of their own, behind a dequantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir import dialect
+from graphopt.ir.rewriter import Rewriter
+from graphopt.quantization.grids import IntegerGrid
+from graphopt.quantization.ranges import symmetric_scale
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Nodes that read the codes, the scale [channels] and the zero point [channels]; `scales` is the scale's value."""
+
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    scales: Tensor
+
+
+def quantize_weight(rewriter: Rewriter, source: fx.Node, grid: IntegerGrid, axis: int) -> QuantizedWeight:
+    """Replace a weight by symmetric per-channel codes along `axis`; users of a tied weight share them.
+
+    The zero point is written although it is zero: runtimes match Q/DQ pairs with three inputs.
+    """
+
+    def make() -> QuantizedWeight:
+        value = rewriter.value(source)
+        scale = symmetric_scale(value, grid, axis)
+        codes = dialect.quantize(value, scale, None, axis, 0, grid.name)
+        name = str(source.target)
+        zero_point = torch.zeros(scale.shape, dtype=grid.storage)
+        return QuantizedWeight(
+            rewriter.weight(codes, name, grid.storage, source),
+            rewriter.weight(scale, f"{name}_scale", torch.float32),
+            rewriter.weight(zero_point, f"{name}_zero_point", grid.storage),
+            scale,
+        )
+
+    return rewriter.once(source, f"quantize {grid.name} along {axis}", make)
+
+
+def dequantized(rewriter: Rewriter, weight: QuantizedWeight, axis: int, grid: IntegerGrid, reader: fx.Node) -> fx.Node:
+    """Insert the dequantize through which `reader` reads the weight."""
+    return rewriter.insert(
+        dialect.dequantize,
+        weight.codes,
+        weight.scale,
+        weight.zero_point,
+        None,
+        axis,
+        0,
+        grid.name,
+        before=reader,
+    )

@@ -1,0 +1,316 @@
+"""Report: the figures of a run as plain data, read from a Result or from a saved report.json.
+
+It holds what a person wants to know and nothing that needs the program: sizes, bits, errors and latency
+before and after, what every pass did, what was skipped and why, what did not fuse and why, and which bounds of
+the budget do not hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import RenderableType
+
+from graphopt.backend import ExportReport
+from graphopt.budget import Budget
+from graphopt.errors import GraphoptError
+from graphopt.ir.rewriter import Site
+from graphopt.pipeline import PassRecord, Trace, target
+
+if TYPE_CHECKING:
+    from graphopt.result import Result
+
+_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A quantity of the captured model and of the optimized one; None where not known."""
+
+    before: float | None = None
+    after: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """after / before."""
+        if self.before is None or self.after is None or self.before == 0:
+            return None
+        return self.after / self.before
+
+    @property
+    def difference(self) -> float | None:
+        """after - before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of the program of which a pass says the same thing."""
+
+    reason: str
+    nodes: list[str]
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One line of the table of passes.
+
+    Attributes:
+        index, key: position and name (`name#2` for a second time). inserted: who required it.
+        rejected: why its changes were dropped.
+        changed: whether the program's text changed.
+        nodes, bytes: operators and parameter bytes, after minus before; of the capture, those it starts with.
+        error, rounding_error, sqnr_db: as in PassRecord. seconds: pass and validation.
+        touched, skipped: places by what was done, or why nothing was.
+        facts: figures the pass reports. stem: name of its files in trace/, without ending.
+    """
+
+    index: int
+    key: str
+    exact: bool = True
+    changed: bool = False
+    inserted: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    nodes: int = 0
+    bytes: int = 0
+    error: float | None = None
+    rounding_error: float | None = None
+    sqnr_db: float | None = None
+    seconds: float = 0.0
+    rejected: str = ""
+    touched: list[Places] = field(default_factory=list)
+    skipped: list[Places] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    stem: str = ""
+
+    @staticmethod
+    def of(record: PassRecord, before: PassRecord | None) -> PassRow:
+        """Summarize a record; `before` is the one it follows, None for the capture."""
+        return PassRow(
+            record.index,
+            record.key,
+            record.exact,
+            record.changed,
+            record.inserted,
+            dict(record.options),
+            record.nodes - (before.nodes if before else 0),
+            record.parameter_bytes - (before.parameter_bytes if before else 0),
+            record.error,
+            record.rounding_error,
+            record.sqnr_db,
+            record.seconds + record.validation_seconds,
+            record.rejected,
+            _grouped(record.touched),
+            _grouped(record.skipped),
+            dict(record.facts),
+            record.stem,
+        )
+
+
+def _grouped(sites: list[Site]) -> list[Places]:
+    """Group sites by what is said of them, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.reason, []).append(site.node)
+    return sorted((Places(*each) for each in groups.items()), key=lambda each: -len(each.nodes))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about a run; `str(report)` is the summary a person reads.
+
+    Attributes:
+        version: of graphopt. recipe, target: their names. notes: sentences about choices made on the way.
+        metric: of the user's `evaluate`. macs: multiply-accumulates.
+        parameters: weight elements. parameter_bytes: their bytes, one storage element a value.
+        average_bits: bits of all weights, scales included, per weight element of the captured model.
+        exported: what the export found, None before the first. passes: in order; the first is the capture.
+        budget: bounds that were given. exceeded: a sentence for every bound that does not hold.
+        trace: the programs between the passes, for diffs; not part of the JSON.
+    """
+
+    version: str = ""
+    recipe: str = ""
+    target: str = ""
+    notes: list[str] = field(default_factory=list)
+    metric: Change = Change()
+    parameters: Change = Change()
+    parameter_bytes: Change = Change()
+    average_bits: Change = Change()
+    macs: Change = Change()
+    exported: ExportReport | None = None
+    passes: list[PassRow] = field(default_factory=list)
+    budget: dict[str, float] = field(default_factory=dict)
+    exceeded: list[str] = field(default_factory=list)
+    trace: Trace = field(default_factory=Trace, repr=False, compare=False)
+
+    @staticmethod
+    def of(result: Result) -> Report:
+        """Collect what a result knows by now."""
+        records = result.trace.records
+        before, after = (records[0], records[-1]) if records else (None, None)
+        report = Report(
+            version=graphopt_version(),
+            recipe=result.recipe.name,
+            target=result.target.name,
+            notes=list(result.notes),
+            metric=Change(result.original_metric, result.metric),
+            exported=result.exported,
+            passes=[PassRow.of(each, records[i - 1] if i else None) for i, each in enumerate(records)],
+            budget=result.budget.bounds(),
+            trace=result.trace,
+        )
+        if before is not None and after is not None:
+            elements = before.parameters
+            report = dataclasses.replace(
+                report,
+                parameters=Change(before.parameters, after.parameters),
+                parameter_bytes=Change(before.parameter_bytes, after.parameter_bytes),
+                macs=Change(before.macs, after.macs),
+                average_bits=Change(before.weight_bits / elements, after.weight_bits / elements)
+                if elements
+                else Change(),
+            )
+        return dataclasses.replace(report, exceeded=result.budget.exceeded(report.measured()))
+
+    @property
+    def size_bytes(self) -> Change:
+        """Bytes of the float export and of the exported file."""
+        found = self.exported
+        return Change(found.baseline_size_bytes, found.size_bytes) if found else Change()
+
+    @property
+    def latency_ms(self) -> Change:
+        """Median latencies of the float export and of the exported file."""
+        return (
+            Change(self.exported.baseline_latency_ms, self.exported.latency_ms) if self.exported else Change()
+        )
+
+    def measured(self) -> dict[str, float | None]:
+        """The quantities a Budget bounds, by its field names."""
+        difference = self.metric.difference
+        return {
+            "metric_drop": None if difference is None else -difference,
+            "size_ratio": self.size_bytes.ratio,
+            "latency_ratio": self.latency_ms.ratio,
+            "macs_ratio": self.macs.ratio,
+            "params_ratio": self.parameters.ratio,
+            "average_bits": self.average_bits.after,
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON; infinities are written as text, since JSON has none."""
+        data = {
+            each.name: _plain(getattr(self, each.name))
+            for each in dataclasses.fields(self)
+            if each.name != "trace"
+        }
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_dict(data: Any, trace: Trace | None = None, source: str = _FILE) -> Report:
+        """Read what `to_json` wrote; keys that are missing keep their defaults, unknown ones are left out.
+
+        Raises GraphoptError where a value is not what it should be.
+        """
+        if not isinstance(data, dict):
+            raise GraphoptError(f"{source} is damaged: it holds no mapping; run the optimization again")
+        try:
+            values = {
+                key: adapter.validate_python(data[key]) for key, adapter in _adapters().items() if key in data
+            }
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise GraphoptError(
+                f"{source} is damaged{f' at {where}' if where else ''} ({first['msg'].lower()}); "
+                "run the optimization again"
+            ) from None
+        return Report(**values, trace=trace or Trace())
+
+    @staticmethod
+    def read(folder: str | Path) -> Report:
+        """Read the report of a run directory with its trace; its program is not loaded."""
+        root = Path(folder)
+        path = root / _FILE
+        if not path.is_file():
+            raise GraphoptError(f"{root} is no run directory: it holds no {_FILE}")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise GraphoptError(f"{path} is damaged: {error}; run the optimization again") from None
+        return Report.from_dict(data, Trace.load(root / "trace"), str(path))
+
+    @staticmethod
+    def restore(data: Any, result: Result) -> None:
+        """Fill in what a saved report knows and the other files of a run directory do not."""
+        report = Report.from_dict(data)
+        result.notes = list(report.notes)
+        result.original_metric, result.metric = report.metric.before, report.metric.after
+        result.exported = report.exported
+        budget = Budget()
+        for name, bound in report.budget.items():
+            budget = budget.with_bound(name, bound)
+        result.budget = budget
+        if report.target:
+            result.target = target(report.target)
+
+    def summary(self, width: int = 110) -> str:
+        """Return the summary as plain text."""
+        from graphopt.report.text import plain, summary
+
+        return plain(summary(self), width)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the report as one HTML file that needs nothing else: no scripts, no network."""
+        from graphopt.files import write_text
+        from graphopt.report.html import html
+
+        write_text(Path(path), html(self))
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report.text import summary
+
+        return summary(self)
+
+
+def graphopt_version() -> str:
+    """Return the installed version of graphopt."""
+    try:
+        return version("graphopt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def _adapters() -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(Report)
+    return {
+        each.name: TypeAdapter(hints[each.name])
+        for each in dataclasses.fields(Report)
+        if each.name != "trace"
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return plain data for JSON."""
+    if dataclasses.is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

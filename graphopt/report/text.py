@@ -1,0 +1,211 @@
+"""The report as text: figures before and after, a line for every pass, and what one should know besides."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.report.report import Change, PassRow, Places, Report
+
+_MANY = 8  # entries of one list shown in a summary; the report and the trace hold all
+_FEW_GROUPS = 2  # reasons spelled out on a pass's own line
+
+
+def plain(renderable: RenderableType, width: int = 110) -> str:
+    """Return the text of a renderable without colour."""
+    console = Console(
+        file=io.StringIO(), width=width, no_color=True, highlight=False, emoji=False, markup=False
+    )
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+
+
+def summary(report: Report) -> Group:
+    """Return everything: figures, passes, what did not fuse, what was skipped and why, notes, budget."""
+    head = Text.assemble(
+        ("recipe ", "dim"),
+        (report.recipe, "bold"),
+        (" for ", "dim"),
+        (report.target, "bold"),
+        (f"  graphopt {report.version}", "dim"),
+    )
+    parts: list[RenderableType] = [head, figures(report), section("passes"), passes(report.passes)]
+    parts += export_parts(report)
+    skipped = list(skipped_lines(report.passes))
+    if skipped:
+        parts += [section("skipped"), *skipped]
+    if report.notes:
+        parts += [section("notes"), *(bullet(note) for note in report.notes)]
+    if report.budget:
+        parts.append(section("budget"))
+        parts += [bullet(each, "red") for each in report.exceeded] or [bullet("every bound holds", "green")]
+    return Group(*parts)
+
+
+def section(title: str) -> Text:
+    """Return a heading with an empty line before it."""
+    return Text(f"\n{title}", "bold")
+
+
+def bullet(text: str, style: str = "") -> Padding:
+    """Return a paragraph, indented."""
+    return Padding(Text(text, style), (0, 0, 0, 2))
+
+
+def figures(report: Report) -> Table:
+    """Return the table of quantities before and after."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table.add_column()
+    for heading in ("before", "after", ""):
+        table.add_column(heading, justify="right", header_style="dim")
+    for name, before, after, relation in figure_rows(report):
+        table.add_row(name, before, after, relation)
+    return table
+
+
+def figure_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (quantity, before, after, how they relate) for what is known."""
+
+    def row(
+        name: str, change: Change, show: object, relation: str = "ratio"
+    ) -> Iterator[tuple[str, str, str, str]]:
+        if change.before is None and change.after is None:
+            return
+        assert callable(show)
+        before, after = ("" if value is None else show(value) for value in (change.before, change.after))
+        if relation == "ratio":
+            shown = "" if change.ratio is None else f"{change.ratio:.3g}×"
+        else:
+            shown = "" if change.difference is None else f"{change.difference:+.4g}"
+        yield name, before, after, shown
+
+    yield from row("metric", report.metric, lambda value: f"{value:.6g}", "difference")
+    yield from row("file", report.size_bytes, size_text)
+    yield from row("latency", report.latency_ms, lambda value: f"{value:.3g} ms")
+    yield from row("parameters", report.parameters, lambda value: f"{value:,.0f}")
+    yield from row("parameter bytes", report.parameter_bytes, size_text)
+    yield from row("bits a weight", report.average_bits, lambda value: f"{value:.2f}")
+    yield from row("multiply-accumulates", report.macs, lambda value: f"{value:,.0f}")
+    if report.exported is not None:
+        found = report.exported
+        if found.sqnr_db is not None:
+            yield "output SQNR", "", f"{found.sqnr_db:.1f} dB", ""
+        if found.max_steps is not None:
+            yield "runtime against torch", "", f"{found.max_steps:.3g} steps", ""
+
+
+def size_text(count: float) -> str:
+    """Return bytes in decimal units: `813 B`, `48.2 kB`, `1.12 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return (
+                f"{count / scale:.3g} {unit}" if abs(count) < 1000 * scale else f"{count / scale:,.0f} {unit}"
+            )
+    return f"{count:.0f} B"
+
+
+def passes(rows: list[PassRow]) -> Table:
+    """Return one line a pass: number, name, exact or lossy, operators, bytes, error, what it did."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for justify in ("left", "left", "left", "right", "right", "left", "left"):
+        table.add_column(justify=justify, no_wrap=justify == "right", overflow="fold")
+    for row in rows:
+        style = "yellow" if row.rejected else ("" if row.changed or row.index == 0 else "dim")
+        table.add_row(*(Text(cell) for cell in pass_cells(row)), style=style)
+    return Table.grid() if not rows else table
+
+
+def pass_cells(row: PassRow) -> tuple[str, ...]:
+    """Return the cells of a pass's line."""
+    if row.index == 0:
+        return f"{row.index:03d}", row.key, "", f"{row.nodes} nodes", size_text(row.bytes), "", ""
+    kind = "exact" if row.exact else "lossy"
+    if not row.changed and not row.rejected:
+        return f"{row.index:03d}", row.key, kind, "", "", "", _said(row) or "nothing to do"
+    nodes = f"{row.nodes:+d} nodes" if row.nodes else "0 nodes"
+    sign = "+" if row.bytes > 0 else ""
+    return (
+        f"{row.index:03d}",
+        row.key,
+        kind,
+        nodes,
+        f"{sign}{size_text(row.bytes)}",
+        error_text(row),
+        _said(row),
+    )
+
+
+def error_text(row: PassRow) -> str:
+    """Return how far the outputs moved."""
+    if row.error is not None:
+        return f"max rel. error {row.error:.0e}"
+    if row.sqnr_db is not None:
+        return "output unchanged" if row.sqnr_db == math.inf else f"output SQNR {row.sqnr_db:.1f} dB"
+    return ""
+
+
+def _said(row: PassRow) -> str:
+    if row.rejected:
+        return f"rejected: {row.rejected}"
+    parts = [counted(row.touched, "touched")] if row.touched else []
+    if row.skipped:
+        count = sum(len(each.nodes) for each in row.skipped)
+        why = f": {row.skipped[0].reason}" if len(row.skipped) == 1 else f" ({len(row.skipped)} reasons)"
+        parts.append(f"{count} skipped{why}")
+    if row.inserted:
+        parts.append(f"required by {row.inserted}")
+    return "; ".join(parts)
+
+
+def counted(groups: list[Places], otherwise: str) -> str:
+    """Return `53 folded`, or `57 touched` where too many different things are said."""
+    if len(groups) > _FEW_GROUPS:
+        return f"{sum(len(each.nodes) for each in groups)} {otherwise}"
+    return ", ".join(f"{len(each.nodes)} {each.reason}" for each in groups)
+
+
+def skipped_lines(rows: list[PassRow]) -> Iterator[RenderableType]:
+    """Yield a paragraph for every pass and reason with the places it holds for."""
+    for row in rows:
+        for each in row.skipped:
+            yield bullet(f"{row.key}: {each.reason}: {listed(each.nodes)}")
+
+
+def listed(names: list[str], most: int = _MANY) -> str:
+    """Return the names, or the first of them and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def export_parts(report: Report) -> list[RenderableType]:
+    """Return what the runtime made of the file; empty before an export."""
+    found = report.exported
+    if found is None:
+        return []
+    parts: list[RenderableType] = [section("in the runtime"), bullet(f"{found.path}, opset {found.opset}")]
+    fused = ", ".join(
+        f"{count} {name}" for name, count in sorted(found.fused.items(), key=lambda each: (-each[1], each[0]))
+    )
+    parts.append(bullet(f"on integer kernels: {fused or 'nothing'}"))
+    if not found.unfused:
+        parts.append(bullet("unfused: 0"))
+    else:
+        parts.append(bullet(f"unfused: {len(found.unfused)}", "yellow"))
+        groups: dict[str, list[str]] = {}
+        for node, reason in found.unfused:
+            groups.setdefault(reason, []).append(node)
+        parts += [bullet(f"  {listed(nodes)}: {reason}", "yellow") for reason, nodes in groups.items()]
+    if found.latency_ratio is not None and found.latency_ratio > 1:
+        parts.append(
+            bullet(f"slower than the float export ({found.latency_ratio:.2f}×); the time goes to:", "yellow")
+        )
+    parts += [bullet(f"  {line}") for line in found.slow_nodes]
+    parts += [bullet(note) for note in found.notes]
+    return parts

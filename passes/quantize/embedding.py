@@ -1,0 +1,57 @@
+"""Store embedding tables as int8, a scale a row.
+
+    y = embedding(w, i)   ->   y' = dequantize(embedding(w_int8, i), embedding(scale, i))       w ~ w_int8 * scale[row]
+
+Only the rows that are looked up are dequantized. A head tied to the table shares its codes when it is quantized per
+output channel, which are the same rows.
+
+Lossy. Runs before the linears are quantized, so that a tied table still carries its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
+from graphopt.pipeline import Context, LossyPass
+from graphopt.quantization.grids import grid
+from graphopt.quantization.weights import quantize_weight
+
+
+@dataclass(frozen=True)
+class QuantizeEmbedding(LossyPass):
+    """Quantize embedding tables to int8 with one scale a row."""
+
+    def run(self, program: Program, context: Context) -> Changes:
+        rewriter = Rewriter(program, self.name)
+        for node in [node for node in program.graph.nodes if operator(node) == "embedding"]:
+            table = arguments(node)["weight"]
+            if reason := self.refusal(program, node) or _unfit(program, table):
+                rewriter.decline(node, reason)
+                continue
+            self._quantize(node, table, rewriter, context)
+        return rewriter.finish()
+
+    def _quantize(self, node: fx.Node, table: fx.Node, rewriter: Rewriter, context: Context) -> None:
+        rows = grid(context.target.weight_format)
+        named = arguments(node)
+        dtype = node.meta["val"].dtype
+        weight = quantize_weight(rewriter, table, rows, 0)
+        column = rewriter.weight(weight.scales[:, None], f"{table.target}_row_scale", dtype)
+        codes = rewriter.insert(node.target, weight.codes, named["indices"], before=node)
+        scale = rewriter.insert(node.target, column, named["indices"], before=node)
+        value = rewriter.insert(dialect.dequantize, codes, scale, None, None, -1, -1, rows.name, before=node)
+        rewriter.replace(node, value)
+        rewriter.touch(node, f"table {table.target} as {rows.name} by row")
+
+
+def _unfit(program: Program, table: fx.Node) -> str:
+    if not isinstance(table, fx.Node) or table.op != "get_attr" or not is_floating(table):
+        return "its table is not a floating-point weight"
+    if program.weight(table).numel() == 0:
+        return f"its table {table.target} is empty"
+    if not bool(program.weight(table).isfinite().all()):
+        return f"its table {table.target} holds NaN or infinity"
+    return ""

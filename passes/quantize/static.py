@@ -1,0 +1,139 @@
+"""Run convolutions and linears on integers, with activation scales fixed by calibration.
+
+    y = conv(x, w, b)   ->   y' = dq(q(conv(dq(q(x)), dq(w_int8), dq(b_int32))))
+
+with w symmetric per output channel, b on the grid of scale_x * scale_w, activations asymmetric per tensor. Q and DQ stand
+where the target's profile lets its runtime fuse them (`graphopt.quantization.placement`).
+
+Lossy. Runs after the exact passes: folding changes weights and removes operators that would interrupt integer regions.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import fx
+
+from graphopt.calibration import Histogram, collect
+from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
+from graphopt.pipeline import Context, LossyPass
+from graphopt.quantization.grids import grid
+from graphopt.quantization.placement import Placement, Value, place
+from graphopt.quantization.ranges import Observer, affine, choose_range
+from graphopt.quantization.weights import dequantized, quantize_weight
+
+
+@dataclass(frozen=True)
+class QuantizeStatic(LossyPass):
+    """Quantize convolutions, linears and what lies between them with scales from calibration.
+
+    Attributes:
+        observer: how the range of an activation is chosen: minmax, percentile, mse or entropy.
+        percentile: share of values inside the range, for the percentile observer.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
+
+    observer: Observer = "mse"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+
+    def run(self, program: Program, context: Context) -> Changes:
+        rewriter = Rewriter(program, self.name)
+        placement = place(program, context.target, functools.partial(self.refusal, program))
+        for node, reason in placement.declined:
+            rewriter.decline(node, reason)
+        if placement.anchors:
+            observed = [value.node for value in placement.values if value.observed]
+            batches = context.needed_calibration(self.name)
+            histograms = collect(program, observed, batches, context.progress)
+            scales = self._quantize_values(placement, histograms, rewriter, context)
+            for node in placement.anchors:
+                self._quantize_anchor(node, scales, rewriter, context)
+        return rewriter.finish()
+
+    def _quantize_values(
+        self, placement: Placement, histograms: dict[fx.Node, Histogram], rewriter: Rewriter, context: Context
+    ) -> dict[fx.Node, float]:
+        """Insert quantize and dequantize at every value; return the scale of each dequantize."""
+        target_grid = grid(context.target.activation_format)
+        groups: dict[fx.Node, list[Value]] = {}
+        for value in placement.values:
+            groups.setdefault(value.group, []).append(value)
+        scales: dict[fx.Node, float] = {}
+        ranges: dict[str, list[float]] = {}
+        for group, values in groups.items():
+            seen = Histogram()
+            for value in values:
+                if value.observed:
+                    seen.merge(histograms[value.node])
+            low, high = choose_range(seen, target_grid, self.observer, self.percentile)
+            if any(value.starts_at_zero for value in values):
+                low = 0.0
+            scale, zero_point = affine(low, high, target_grid)
+            ranges[group.name] = [low, high]
+            scale_node = rewriter.weight(torch.tensor(scale), f"{group.name}_scale", torch.float32)
+            zero_node = rewriter.weight(
+                torch.tensor(zero_point, dtype=target_grid.storage), f"{group.name}_zero_point", target_grid.storage
+            )
+            for value in values:
+                for reader in insert_pair(value, scale_node, zero_node, target_grid.name, rewriter):
+                    scales[reader] = scale
+        rewriter.note(activation_ranges=ranges)
+        return scales
+
+    def _quantize_anchor(self, node: fx.Node, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context) -> None:
+        weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
+        named = arguments(node)
+        weight = quantize_weight(rewriter, named["weight"], weight_grid, 0)
+        changes = {"weight": dequantized(rewriter, weight, 0, weight_grid, node)}
+        bias = named.get("bias")
+        if isinstance(bias, fx.Node) and _bias_joins(node):
+            # The accumulator counts in steps of scale_x * scale_w: a bias on that grid is added before any rounding.
+            bias_scale = weight.scales * scales[named["input"]]
+            codes = dialect.quantize(rewriter.value(bias), bias_scale, None, 0, 0, bias_grid.name)
+            name = str(bias.target)
+            changes["bias"] = rewriter.insert(
+                dialect.dequantize,
+                rewriter.weight(codes, name, bias_grid.storage, bias),
+                rewriter.weight(bias_scale, f"{name}_scale", torch.float32),
+                rewriter.weight(torch.zeros(bias_scale.shape, dtype=bias_grid.storage), f"{name}_zero_point", torch.int32),
+                None,
+                0,
+                0,
+                bias_grid.name,
+                before=node,
+            )
+        rewriter.rewire(node, **changes)
+        rewriter.touch(node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}")
+
+
+def insert_pair(value: Value, scale: fx.Node, zero_point: fx.Node, format: str, rewriter: Rewriter) -> list[fx.Node]:
+    """Insert one quantize behind a value and one dequantize before each of its readers; return the dequantizes."""
+    node = value.node
+    codes = rewriter.insert(dialect.quantize, node, scale, zero_point, 0, 0, format, before=_behind(node), origin=[node])
+    made = []
+    for reader in value.readers:
+        back = rewriter.insert(
+            dialect.dequantize, codes, scale, zero_point, None, 0, 0, format, before=reader, origin=[node]
+        )
+        rewriter.redirect(reader, node, back)
+        made.append(back)
+    return made
+
+
+def _bias_joins(node: fx.Node) -> bool:
+    """True where the kernel adds the bias to its accumulator; a linear over more than two axes adds it in float."""
+    return operator(node) != "linear" or node.meta["val"].dim() == 2
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """Return the node before which something computed from `node` may stand as early as possible."""
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following

@@ -1,0 +1,254 @@
+"""The benchmark's own arithmetic: kernels counted, errors, sizes, limits, tables, the commands' manners."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
+AGAINST_PEERS = {"quantity": "q", "against_peers": True}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The scripts' modules, imported as the scripts import them, and forgotten afterwards."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(BENCH / "children"))
+    names = ("machine", "limits", "methods", "tasks", "records", "table", "protocol", "kernels", "measure")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    modules = {name: importlib.import_module(name) for name in names}
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    return modules
+
+
+def _record(method: str, figures: dict[str, float], run: str = "r1", vnni: bool = True) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "run": run,
+        "date": "2030-01-01",
+        "commit": "abc",
+        "task": "cnn50",
+        "method": method,
+        "machine": {"cpu": "a CPU", "vnni": vnni, "cores": 2},
+        "threads": 1,
+        "rounds": 10,
+        "versions": {"onnxruntime": "1.0"},
+        "figures": figures,
+        "detail": {},
+        "error": None if figures else "it broke",
+    }
+
+
+def _convolution(quantized: bool) -> onnx.ModelProto:
+    """x [1, 4, 8, 8] -> conv 1×1 -> y; with Q/DQ on input, weight and output where `quantized`."""
+    weight = np.random.default_rng(0).integers(-100, 100, (4, 4, 1, 1)).astype(np.int8)
+    constants = [
+        numpy_helper.from_array(np.array(0.05, np.float32), "scale"),
+        numpy_helper.from_array(np.array(128, np.uint8), "zero"),
+        numpy_helper.from_array(np.array(0, np.int8), "weight_zero"),
+    ]
+    if quantized:
+        constants.append(numpy_helper.from_array(weight, "codes"))
+        nodes = [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+            helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "weight_zero"], ["w"]),
+            helper.make_node("Conv", ["xd", "w"], ["c"]),
+            helper.make_node("QuantizeLinear", ["c", "scale", "zero"], ["cq"]),
+            helper.make_node("DequantizeLinear", ["cq", "scale", "zero"], ["y"]),
+        ]
+    else:
+        constants.append(numpy_helper.from_array(weight.astype(np.float32) * np.float32(0.05), "w"))
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 8, 8]) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def test_a_float_convolution_counts_as_unfused(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    onnx.save(_convolution(quantized=False), tmp_path / "m.onnx")
+    assert bench["kernels"].count_kernels(str(tmp_path / "m.onnx")) == {
+        "integer_kernels": 0,
+        "float_kernels": 1,
+        "leftover_qdq": 0,
+        "unfused": 1,
+    }
+
+
+def test_a_fused_convolution_counts_as_integer_and_borders_do_not_count(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    onnx.save(_convolution(quantized=True), tmp_path / "m.onnx")
+    assert bench["kernels"].count_kernels(str(tmp_path / "m.onnx")) == {
+        "integer_kernels": 1,
+        "float_kernels": 0,
+        "leftover_qdq": 0,
+        "unfused": 0,
+    }
+
+
+def test_quantization_that_does_not_fuse_is_counted(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    model = _convolution(quantized=True)
+    for node in model.graph.node:  # nothing fuses an output that a float operator reads as well
+        if node.op_type == "Conv":
+            node.output[0] = "float"
+            model.graph.node.append(helper.make_node("Erf", ["float"], ["z"]))
+        if node.output[0] == "cq":
+            node.input[0] = "float"
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 4, 8, 8]))
+    onnx.save(model, tmp_path / "m.onnx")
+    counts = bench["kernels"].count_kernels(str(tmp_path / "m.onnx"))
+    assert counts["float_kernels"] == 1
+    assert counts["leftover_qdq"] > 0
+
+
+def test_sqnr_is_ten_log_of_the_power_ratio(bench: dict[str, ModuleType]) -> None:
+    reference = [[np.full((2, 3), 10.0, np.float32), np.arange(3)]]
+    other = [[np.full((2, 3), 11.0), np.arange(3) + 1]]
+    assert bench["measure"].sqnr_db(reference, other) == pytest.approx(20)
+    assert bench["measure"].sqnr_db(reference, reference) is None
+
+
+def test_stripped_size_leaves_out_metadata_and_counts_external_data(
+    bench: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    plain = _convolution(quantized=False)
+    annotated = _convolution(quantized=False)
+    annotated.doc_string = "d" * 500
+    annotated.graph.node[0].metadata_props.add(key="source", value="v" * 1000)
+    onnx.save(plain, tmp_path / "plain.onnx")
+    onnx.save(annotated, tmp_path / "annotated.onnx")
+    measure = bench["measure"]
+    plain_bytes = (tmp_path / "plain.onnx").stat().st_size
+    assert measure.file_bytes(str(tmp_path / "annotated.onnx")) > plain_bytes + 1500
+    assert measure.stripped_bytes(str(tmp_path / "annotated.onnx")) == plain_bytes
+    onnx.save(
+        plain, tmp_path / "split.onnx", save_as_external_data=True, location="split.data", size_threshold=0
+    )
+    both = sum((tmp_path / name).stat().st_size for name in ("split.onnx", "split.data"))
+    assert measure.file_bytes(str(tmp_path / "split.onnx")) == both
+
+
+@pytest.mark.parametrize(
+    ("limit", "records", "reached"),
+    [
+        ({"quantity": "q", "at_most": 2}, {"graphopt": {"q": 2}}, True),
+        ({"quantity": "q", "at_most": 2}, {"graphopt": {"q": 2.1}}, False),
+        ({"quantity": "q", "at_most": 2}, {"graphopt": {"other": 1}}, False),
+        ({"quantity": "q", "at_most": 2}, {"graphopt": {}}, False),
+        ({"quantity": "q", "at_most": 2}, {"fp32": {"q": 1}}, None),
+        ({**AGAINST_PEERS, "at_most": 1.5}, {"graphopt": {"q": 3}, "a": {"q": 2}, "b": {"q": 9}}, True),
+        ({**AGAINST_PEERS, "at_most": 1.4}, {"graphopt": {"q": 3}, "a": {"q": 2}, "b": {"q": 9}}, False),
+        ({**AGAINST_PEERS, "at_most": 9}, {"graphopt": {"q": 3}, "fp32": {"q": 2}, "a": {}}, None),
+    ],
+)
+def test_limits(
+    bench: dict[str, ModuleType],
+    limit: dict[str, Any],
+    records: dict[str, dict[str, float]],
+    reached: bool | None,
+) -> None:
+    group = {method: _record(method, figures) for method, figures in records.items()}
+    assert bench["limits"].check(bench["limits"].Limit(**limit), group).reached is reached
+
+
+def test_a_limit_for_vnni_is_not_checked_without_it(bench: dict[str, ModuleType]) -> None:
+    limit = bench["limits"].Limit("q", 1, needs_vnni=True)
+    verdict = bench["limits"].check(limit, {"graphopt": _record("graphopt", {"q": 0.5}, vnni=False)})
+    assert (verdict.reached, verdict.why) == (None, "this CPU has no VNNI")
+
+
+def _table(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "table.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_table_shows_the_last_run_and_its_limits(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    others = {"total_seconds": 10.0, "peak_bytes": 1e9}
+    for run, ours_ms in (("r1", 99.0), ("r2", 21.0)):
+        bench["records"].append(
+            results,
+            [
+                _record("fp32", {"latency_ms": 80.0, "latency_ratio": 1.0}, run),
+                _record("graphopt", {"latency_ms": ours_ms, "latency_ratio": ours_ms / 80, **others}, run),
+                _record("nncf", {"latency_ms": 20.0, "latency_ratio": 0.25, **others}, run),
+                _record("onnxruntime", {}, run),
+            ],
+        )
+    assert [record["run"] for record in bench["records"].read(results)] == ["r1"] * 4 + ["r2"] * 4
+    last = _table(results, "--check")
+    assert last.returncode == 0, last.stderr
+    assert "| graphopt | 21.00 | 0.263 |" in last.stdout
+    assert "99.00" not in last.stdout
+    assert "- reached: latency_ms ÷ best peer's ≤ 1.05: 1.050" in last.stdout
+    assert "onnxruntime failed: it broke" in last.stdout
+    every = _table(results, "--all", "--check")
+    assert every.returncode == 1
+    assert "- MISSED: latency_ms ÷ best peer's ≤ 1.05: 4.950" in every.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", ":1 is not JSON"), ('{"schema": 0}', ":1 is not a record of schema 1")]
+)
+def test_a_file_that_is_not_ours_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(text + "\n")
+    done = _table(tmp_path / "bad.jsonl")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_runner_lists_tasks_and_methods_without_any_package(bench: dict[str, ModuleType]) -> None:
+    # -S: no site-packages, as on a machine where nothing is installed yet.
+    command = [sys.executable, "-S", str(BENCH / "run.py")]
+    listed = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name} " in listed for name in (*bench["tasks"].TASKS, *bench["methods"].METHODS))
+    unknown = subprocess.run([*command, "--task", "nothing"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "invalid choice: 'nothing'" in unknown.stderr
+
+
+def test_every_method_has_its_script_and_pinned_requirements(bench: dict[str, ModuleType]) -> None:
+    for method in bench["methods"].METHODS.values():
+        assert (BENCH / "children" / method.script).exists()
+        if method.environment != bench["methods"].OWN:
+            lines = (BENCH / "peers" / f"{method.environment}.txt").read_text().splitlines()
+            pins = [line for line in lines if line and not line.startswith("#")]
+            assert pins
+            assert all("==" in line for line in pins)
+
+
+def test_settled_batch_norms_normalise_the_data(bench: dict[str, ModuleType]) -> None:
+    tasks = bench["tasks"]
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    images = torch.cat(tasks._textured_images(8, 32, seed=3))
+    assert images.shape == (8, 3, 32, 32)
+    tasks._settle_batch_norms(model, [images])
+    with torch.no_grad():
+        normalised = model(images)
+    assert not model.training
+    assert math.isclose(float(normalised.std()), 1, abs_tol=0.05)
+    assert math.isclose(float(normalised.mean()), 0, abs_tol=0.05)
+
+
+def test_the_machine_is_described_as_json(bench: dict[str, ModuleType]) -> None:
+    described = json.loads(json.dumps(bench["machine"].describe()))
+    assert described["cores"] >= 1
+    assert described["vnni"] in (True, False, None)
