@@ -25,7 +25,7 @@ GENERATED = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hyp
 FRONT = ("graphopt.api", "graphopt.cli", "graphopt.demo")
 
 # All that the intermediate representation may import of ours: it knows nothing of what works on it.
-BELOW_IR = ("graphopt.errors", "graphopt.ir", "graphopt.quantization")
+BELOW_IR = ("graphopt.errors", "graphopt.files", "graphopt.ir", "graphopt.quantization")
 
 # A distribution and the module that it is imported by, where the two differ.
 MODULE_OF = {"pyyaml": "yaml", "scikit-learn": "sklearn"}

@@ -3,6 +3,10 @@
     DQ(w) -> Transpose -> MatMul         DQ(w^T) -> MatMul              the transposed codes are stored
     Transpose(w) -> MatMul               w^T -> MatMul                  under the weight's own name
     DynamicQuantizeLinear, Q(x, s, z)    DynamicQuantizeLinear's codes  the operator computes scale and codes in one go
+    MatMul(DQ(x), DQ(w)) + DQ(b)         Reshape, Gemm, Reshape          for more than two axes: the kernel adds the bias and
+                                         writes integers; as MatMul and Add the runtime does that for static shapes only
+    MatMul(DQ(x), DQ(w)) + b             + b as [1, ..., n]              a bias [n] makes the runtime merge both into a
+                                         float Gemm
     Gemm or MatMul(DQ(dynamic), DQ(w))   Cast(MatMulInteger) * (s * s_w), + b
                                          the runtime fuses these into one operator, the bias included; a Gemm of two DQ
                                          with scales computed at run time it does not fuse
@@ -19,6 +23,7 @@ def clean(model: ir.Model) -> None:
     _join_dynamic_quantize(model)
     _store_transposed(model)
     _spell_dynamic_products(model)
+    _shape_products(model)
     _remove_dead(model)
 
 
@@ -85,17 +90,87 @@ def _spell(
     final = _insert(model, node, "Mul", [cast, scales], name if bias is None else f"{name}/Mul", result.dtype)
     if bias is not None:
         final = _insert(model, node, "Add", [final, bias], name, result.dtype)
-    last = final.producer()
-    assert last is not None
-    last.metadata_props.update(node.metadata_props)
+    _take_place(model, node, final)
+
+
+def _shape_products(model: ir.Model) -> None:
+    for node in list(model.graph):
+        product = node.inputs[0].producer() if node.op_type == "Add" and node.inputs[0] is not None else None
+        if product is None or product.op_type != "MatMul" or len(product.outputs[0].uses()) != 1:
+            continue
+        makers = [value.producer() if value is not None else None for value in product.inputs]
+        if any(maker is None or maker.op_type != "DequantizeLinear" for maker in makers):
+            continue
+        x, bias = product.inputs[0], node.inputs[1]
+        if x is None or bias is None or x.shape is None or len(x.shape) <= 2:
+            continue
+        if bias.is_initializer() and bias.const_value is not None and len(bias.const_value.shape) == 1:
+            flat = bias.const_value
+            tensor = ir.Tensor(flat.numpy().reshape([1] * (len(x.shape) - 1) + [-1]), name=f"{bias.name}_row")
+            node.replace_input_with(1, _initializer(model, tensor))
+        elif bias.producer() is not None and bias.producer().op_type == "DequantizeLinear":  # type: ignore[union-attr]
+            _flatten_product(model, node, product, bias)
+
+
+def _flatten_product(model: ir.Model, node: ir.Node, product: ir.Node, bias: ir.Value) -> None:
+    x, weight = product.inputs
+    assert x is not None and weight is not None and x.shape is not None
+    inner, outer = int(_size(weight, 0)), int(_size(weight, 1))
+    name, result = node.name, node.outputs[0]
+    rows = _initializer(model, ir.Tensor(np.array([-1, inner], dtype=np.int64), name=f"{name}/rows"))
+    flat = _insert(model, node, "Reshape", [x, rows], f"{name}/flat", x.dtype)
+    gemm = _insert(model, node, "Gemm", [flat, weight, bias], name, result.dtype)
+    leading = list(x.shape)[:-1]
+    if all(isinstance(size, int) for size in leading):
+        back = _initializer(model, ir.Tensor(np.array([*leading, outer], dtype=np.int64), name=f"{name}/shape"))
+    else:
+        # The sizes of the codes, so that the dequantize in between keeps its one reader.
+        maker = x.producer()
+        sizes = _insert(model, node, "Shape", [maker.inputs[0] if maker else x], f"{name}/sizes", ir.DataType.INT64)
+        sizes_node = sizes.producer()
+        assert sizes_node is not None
+        sizes_node.attributes["end"] = ir.AttrInt64("end", -1)
+        last = _initializer(model, ir.Tensor(np.array([outer], dtype=np.int64), name=f"{name}/columns"))
+        back = _insert(model, node, "Concat", [sizes, last], f"{name}/shape", ir.DataType.INT64)
+        concat = back.producer()
+        assert concat is not None
+        concat.attributes["axis"] = ir.AttrInt64("axis", 0)
+    final = _insert(model, node, "Reshape", [gemm, back], f"{name}/back", result.dtype)
+    _take_place(model, node, final)
+
+
+def _size(weight: ir.Value, axis: int) -> int:
+    """Return a static dimension of a weight."""
+    maker = weight.producer()
+    codes = maker.inputs[0] if maker is not None else weight
+    assert codes is not None and codes.shape is not None
+    return int(codes.shape[axis])  # type: ignore[arg-type]
+
+
+def _initializer(model: ir.Model, tensor: ir.Tensor) -> ir.Value:
+    """Return the initializer that holds `tensor`, shared by name."""
+    assert tensor.name is not None
+    known = model.graph.initializers.get(tensor.name)
+    if known is None:
+        known = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        model.graph.register_initializer(known)
+    return known
+
+
+def _take_place(model: ir.Model, node: ir.Node, final: ir.Value) -> None:
+    """Make `final` stand where the result of `node` stood, under its name, and remove `node`."""
+    result = node.outputs[0]
     final.type, final.shape = result.type, result.shape
-    outer = result.name
+    maker = final.producer()
+    assert maker is not None
+    maker.metadata_props.update(node.metadata_props)
+    name = result.name
     for position, output in enumerate(model.graph.outputs):
         if output is result:
             model.graph.outputs[position] = final
     result.replace_all_uses_with(final)
     model.graph.remove(node, safe=True)
-    final.name = outer
+    final.name = name
 
 
 def _insert(
@@ -110,7 +185,8 @@ def _insert(
     attributes = [] if to is None else [ir.AttrInt64("to", int(to))]
     node = ir.Node("", op_type, inputs, attributes, name=name)
     node.outputs[0].name = name
-    node.outputs[0].dtype = dtype
+    if dtype is not None:
+        node.outputs[0].dtype = dtype
     model.graph.insert_before(before, node)
     return node.outputs[0]
 

@@ -41,13 +41,21 @@ def translation_table(opset: int, pools: bool) -> dict[Callable[..., Any], Calla
     """Return how torch.onnx writes the dialect at `opset`; `pools`: every adaptive pool goes to one position."""
     op: Any = onnxscript.opset21 if opset >= BLOCK_OPSET else onnxscript.opset20
 
-    def quantize(x: Any, scale: Any, zero_point: Any, axis: int, group_size: int, format: str) -> Any:
+    def quantize(
+        x: Any, scale: Any, zero_point: Any = None, axis: int = 0, group_size: int = 0, format: str = "int8"
+    ) -> Any:
         if group_size != 0:
             raise GraphoptError("ONNX has no quantize by group or token; keep such activations float for this target")
         return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
     def dequantize(
-        codes: Any, scale: Any, zero_point: Any, table: Any, axis: int, group_size: int, format: str
+        codes: Any,
+        scale: Any,
+        zero_point: Any = None,
+        table: Any = None,
+        axis: int = 0,
+        group_size: int = 0,
+        format: str = "int8",
     ) -> Any:
         if group_size == 0:
             return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
@@ -58,13 +66,15 @@ def translation_table(opset: int, pools: bool) -> dict[Callable[..., Any], Calla
             wide = op.Sub(wide, op.CastLike(zero_point, scale))
         return op.Mul(wide, scale)
 
-    def dynamic_scale(x: Any, axis: int, group_size: int, format: str) -> Any:
+    def dynamic_scale(x: Any, axis: int = 0, group_size: int = 0, format: str = "int8") -> Any:
         if group_size != 0 or format != "uint8":
             raise GraphoptError("ONNX computes scales at run time per tensor in uint8 only")
         _codes, scale, zero_point = op.DynamicQuantizeLinear(x)
         return scale, zero_point
 
-    def fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int, group_size: int, format: str) -> Any:
+    def fake_quantize(
+        x: Any, scale: Any, zero_point: Any = None, axis: int = 0, group_size: int = 0, format: str = "int8"
+    ) -> Any:
         codes = quantize(x, scale, zero_point, axis, group_size, format)
         return dequantize(codes, scale, zero_point, None, axis, group_size, format)
 

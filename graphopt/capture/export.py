@@ -27,6 +27,7 @@ from graphopt.ir.exported import source_line
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "torch_fn")
 _ASSIGNED = re.compile(r"^\s*(\w+)(?::[^=]*)? = ", re.MULTILINE)
+_PLACEHOLDER_STACK = "_empty_nn_module_stack_from_metadata_hook"
 _GENERATED = "<eval_with_key>"
 
 
@@ -64,6 +65,8 @@ def _restore_provenance(node: fx.Node, origins: dict[str, dict[str, Any]]) -> No
     if _GENERATED in trace and (assigned := _ASSIGNED.search(trace)) and assigned[1] in origins:
         meta = origins[assigned[1]]
         node.meta.update({key: meta[key] for key in _PROVENANCE if key in meta})
+    if _PLACEHOLDER_STACK in str(node.meta.get("nn_module_stack")):
+        node.meta.pop("nn_module_stack")  # what torch writes for the sizes it reads itself
     node.meta.pop("from_node", None)  # a chain of every trace the node went through; large, and nobody reads it
     custom = node.meta.get("custom")
     if custom:

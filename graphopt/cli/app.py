@@ -44,6 +44,7 @@ def optimize(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="package.module:factory, which returns a module, or a module and its example inputs "
             "(and dynamic shapes); or a .pt2 file."
         ),

@@ -236,7 +236,7 @@ def _make_known(name: str, trust: bool = False) -> None:
 
 
 def _load(path: Path, data: bytes) -> tuple[ExportedProgram, dict[str, Any]]:
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {RECORD: None}  # torch fills this dict, but not if it is empty
     try:
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

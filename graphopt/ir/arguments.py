@@ -23,10 +23,13 @@ def operator(node: object) -> str:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """Return every argument of the call by its schema name, defaults filled in."""
+    """Return every argument of the call by its schema name, defaults filled in.
+
+    A call of a Python function, which has no schema, gives its positional arguments as "0", "1", ...
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[operator]
+        return {str(index): value for index, value in enumerate(node.args)} | dict(node.kwargs)
     named: dict[str, Any] = {}
     for index, argument in enumerate(target._schema.arguments):
         if index < len(node.args) and not argument.kwarg_only:

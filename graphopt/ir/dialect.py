@@ -1,3 +1,5 @@
+# torch.library is untyped.
+# mypy: disable-error-code="no-untyped-call,untyped-decorator"
 """The `graphopt::` dialect: quantized numerics as four torch operators.
 
     codes       = quantize(x, scale, zero_point?, axis, group_size, format)

@@ -138,7 +138,7 @@ def _refuse_control_flow(node: fx.Node) -> None:
     if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
         where = source_line(node)
         raise GraphoptError(
-            f"the model uses {node.target.name()}{f' at {where}' if where else ''}, which has no place in a functional "
+            f"the model uses {node.target}{f' at {where}' if where else ''}, which has no place in a functional "
             "graph; replace data-dependent control flow by torch.where or export that part on its own"
         )
 

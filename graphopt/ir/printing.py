@@ -43,7 +43,7 @@ def digest(tensor: Tensor) -> str:
     if known is None or written != version:
         data = tensor.detach().cpu().contiguous()
         raw = data.reshape(-1).view(torch.uint8) if data.numel() else data.to(torch.uint8)
-        known = hashlib.blake2b(memoryview(raw.numpy()), digest_size=4).hexdigest()
+        known = hashlib.blake2b(raw.numpy().data, digest_size=4).hexdigest()
         _DIGESTS[tensor] = version, known
     return str(known)
 

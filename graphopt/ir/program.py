@@ -43,8 +43,8 @@ class Signature:
             leaves, spec = pytree.tree_flatten(attempt)
             if spec == self.in_spec:
                 return leaves
-            if (leaves := self._flatten_like(attempt)) is not None:
-                return leaves
+            if (reordered := self._flatten_like(attempt)) is not None:
+                return reordered
         count = len(pytree.tree_leaves((args, dict(kwargs))))
         raise GraphoptError(
             "the inputs do not have the structure the model was captured with: expected "
@@ -236,8 +236,8 @@ class ProgramModule(nn.Module):
         self._parameters = inner._parameters
         self._buffers = inner._buffers
         self._modules = inner._modules
-        self.register_state_dict_post_hook(_give_model_names)
-        self.register_load_state_dict_pre_hook(_take_model_names)
+        self.register_state_dict_post_hook(_give_model_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_model_names)  # type: ignore[no-untyped-call]
         self.eval()
 
     @property

@@ -257,7 +257,8 @@ class Rewriter:
             self.changes.unrounded[name] = self.changes.unrounded.pop(old)
 
     def _first_call(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        first: fx.Node = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        return first
 
     def _free_name(self, name: str) -> str:
         """Return `name` such that it can be stored: below modules only, and used by nothing else."""

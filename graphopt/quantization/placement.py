@@ -303,8 +303,6 @@ def _unfit_attributes(node: fx.Node) -> str:
         return "it scales its second input"
     if name.startswith("adaptive_avg_pool") and any(size != 1 for size in named["output_size"]):
         return "only pooling to one position has an integer kernel"
-    if name.startswith("avg_pool") and named.get("divisor_override") is not None:
-        return "it overrides the divisor"
     if name.startswith("max_pool") and any(size != 1 for size in named.get("dilation") or ()):
         return "it is dilated"
     return ""

@@ -1,8 +1,8 @@
 """Report: the figures of a run as plain data, read from a Result or from a saved report.json.
 
 It holds what a person wants to know and nothing that needs the program: sizes, bits, errors and latency
-before and after, what every pass did, what was skipped and why, what did not fuse and why, and which bounds of
-the budget do not hold.
+before and after, what every pass did, what was skipped and why, what did not fuse and why, and which bounds of the
+budget do not hold.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ _FILE = "report.json"
 class Change:
     """A quantity of the captured model and of the optimized one; None where not known."""
 
-    before: float | None = None
-    after: float | None = None
+    # `int` too, so that counts stay whole through JSON.
+    before: int | float | None = None
+    after: int | float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -70,7 +71,7 @@ class PassRow:
         nodes, bytes: operators and parameter bytes, after minus before; of the capture, those it starts with.
         error, rounding_error, sqnr_db: as in PassRecord. seconds: pass and validation.
         touched, skipped: places by what was done, or why nothing was.
-        facts: figures the pass reports. stem: name of its files in trace/, without ending.
+        facts: single figures that the pass reports (the trace has all). stem: name of its files in trace/, without ending.
     """
 
     index: int
@@ -110,7 +111,11 @@ class PassRow:
             record.rejected,
             _grouped(record.touched),
             _grouped(record.skipped),
-            dict(record.facts),
+            {
+                key: value
+                for key, value in record.facts.items()
+                if isinstance(value, bool | int | float | str)
+            },
             record.stem,
         )
 
@@ -223,17 +228,18 @@ class Report:
         """
         if not isinstance(data, dict):
             raise GraphoptError(f"{source} is damaged: it holds no mapping; run the optimization again")
-        try:
-            values = {
-                key: adapter.validate_python(data[key]) for key, adapter in _adapters().items() if key in data
-            }
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise GraphoptError(
-                f"{source} is damaged{f' at {where}' if where else ''} ({first['msg'].lower()}); "
-                "run the optimization again"
-            ) from None
+        values = {}
+        for key, adapter in _adapters().items():
+            if key not in data:
+                continue
+            try:
+                values[key] = adapter.validate_python(data[key])
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in (key, *first["loc"]))
+                raise GraphoptError(
+                    f"{source} is damaged at {where} ({first['msg'].lower()}); run the optimization again"
+                ) from None
         return Report(**values, trace=trace or Trace())
 
     @staticmethod

@@ -103,12 +103,10 @@ def figure_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
 
 def size_text(count: float) -> str:
     """Return bytes in decimal units: `813 B`, `48.2 kB`, `1.12 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return (
-                f"{count / scale:.3g} {unit}" if abs(count) < 1000 * scale else f"{count / scale:,.0f} {unit}"
-            )
-    return f"{count:.0f} B"
+    for unit, scale in (("B", 1), ("kB", 1e3), ("MB", 1e6)):
+        if abs(count) / scale < 999.5:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e9:,.3g} GB" if abs(count) < 999.5e9 else f"{count / 1e9:,.0f} GB"
 
 
 def passes(rows: list[PassRow]) -> Table:

@@ -53,7 +53,7 @@ class QuantizeStatic(LossyPass):
             histograms = collect(program, observed, batches, context.progress)
             scales = self._quantize_values(placement, histograms, rewriter, context)
             for node in placement.anchors:
-                self._quantize_anchor(node, scales, rewriter, context)
+                self._quantize_anchor(node, _bias_joins(node, placement), scales, rewriter, context)
         return rewriter.finish()
 
     def _quantize_values(
@@ -86,13 +86,15 @@ class QuantizeStatic(LossyPass):
         rewriter.note(activation_ranges=ranges)
         return scales
 
-    def _quantize_anchor(self, node: fx.Node, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context) -> None:
+    def _quantize_anchor(
+        self, node: fx.Node, bias_joins: bool, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context
+    ) -> None:
         weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
         named = arguments(node)
         weight = quantize_weight(rewriter, named["weight"], weight_grid, 0)
         changes = {"weight": dequantized(rewriter, weight, 0, weight_grid, node)}
         bias = named.get("bias")
-        if isinstance(bias, fx.Node) and _bias_joins(node):
+        if isinstance(bias, fx.Node) and bias_joins:
             # The accumulator counts in steps of scale_x * scale_w: a bias on that grid is added before any rounding.
             bias_scale = weight.scales * scales[named["input"]]
             codes = dialect.quantize(rewriter.value(bias), bias_scale, None, 0, 0, bias_grid.name)
@@ -126,9 +128,15 @@ def insert_pair(value: Value, scale: fx.Node, zero_point: fx.Node, format: str, 
     return made
 
 
-def _bias_joins(node: fx.Node) -> bool:
-    """True where the kernel adds the bias to its accumulator; a linear over more than two axes adds it in float."""
-    return operator(node) != "linear" or node.meta["val"].dim() == 2
+def _bias_joins(node: fx.Node, placement: Placement) -> bool:
+    """True where the kernel adds the bias to its accumulator.
+
+    A linear over more than two axes is a product followed by an addition, unless its result is written as integers.
+    """
+    if operator(node) != "linear" or node.meta["val"].dim() == 2:
+        return True
+    written = {value.node for value in placement.values}
+    return any(each in written for each in (node, *(user for user in node.users if user in placement.integer)))
 
 
 def _behind(node: fx.Node) -> fx.Node:

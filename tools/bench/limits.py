@@ -46,7 +46,7 @@ def check(limit: Limit, records: Mapping[str, Mapping[str, Any]]) -> Verdict:
         return Verdict(limit, None, None, "this CPU has no VNNI")
     value = ours["figures"].get(limit.quantity)
     if value is None:
-        return Verdict(limit, None, False, ours.get("error") or "no such figure")
+        return Verdict(limit, None, False, f"{OURS} failed" if ours.get("error") else "no such figure")
     if limit.against_peers:
         peers = [
             record["figures"][limit.quantity]

@@ -1,0 +1,1 @@
+"""Arithmetic on weights alone, done once instead of at every call."""
