@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 from graphopt.errors import GraphoptError, nearest
 
@@ -30,8 +31,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, bound in self.bounds().items():
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound) or bound < 0:
-                raise GraphoptError(f"budget.{name} must be a number that is not negative, not {bound!r}")
+            if isinstance(bound, bool) or not isinstance(bound, Real) or not math.isfinite(bound) or bound < 0:
+                raise GraphoptError(f"budget.{name} must be a number, finite and not negative, not {bound!r}")
+            object.__setattr__(self, name, bound if isinstance(bound, int) else float(bound))
 
     def bounds(self) -> dict[str, float]:
         """Return the bounds that were given."""
@@ -51,6 +53,6 @@ class Budget:
             value = measured.get(name)
             if value is None:
                 sentences.append(f"budget.{name} ≤ {bound:g} was not measured")
-            elif value > bound:
+            elif not value <= bound:  # NaN holds no bound
                 sentences.append(f"budget.{name} ≤ {bound:g} does not hold: it is {value:.4g}")
         return sentences

@@ -79,4 +79,4 @@ class Bars:
 
 def default_progress() -> Bars | Silent:
     """Return bars where a person is watching, else nothing."""
-    return Bars() if sys.stderr.isatty() else Silent()
+    return Bars() if sys.stderr is not None and sys.stderr.isatty() else Silent()

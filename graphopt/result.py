@@ -86,6 +86,8 @@ class Result:
             try:
                 self.export(temporary / "model.onnx")
             except GraphoptError as error:
+                if isinstance(error.__cause__, OSError):  # the disk, not the program
+                    raise
                 self.exported = None
                 self.notes.append(f"no model.onnx was written: {error}")
             self.program.save(temporary / "model.pt2")

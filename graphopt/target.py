@@ -24,7 +24,6 @@ class IntegerOperator:
         inputs: names of the arguments that hold activations; empty means the first one.
         requires_output: the integer kernel writes integers: a `quantize` must follow. Otherwise it may write floats.
         dynamic: there is an integer kernel that takes scales computed at run time.
-        reason: why a place of this operator stays float where it has no integer kernel at all.
     """
 
     role: Role

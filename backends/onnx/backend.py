@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,13 +15,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.backend import ExportReport
+from graphopt.backend import ExportReport, Timing
 from graphopt.backends.onnx.compare import max_steps, output_scales, run_onnx, sqnr_db
 from graphopt.backends.onnx.fusion import check_fusion
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
+from graphopt.backends.onnx.timing import measure
 from graphopt.errors import GraphoptError
 from graphopt.files import replacing_folder_content
 from graphopt.ir import Program
@@ -94,6 +95,10 @@ class OnnxBackend:
         if ratio is not None and ratio > 1.0:
             report.notes.append(f"the file is slower than its float export ({ratio:.2f}x); see where the time goes")
             report.slow_nodes = explain_slowdown(reference, report.path, feeds)
+
+    def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
+        """Time files that take the same inputs in turns; see `timing.measure`."""
+        return measure(paths, threads)
 
 
 def feeds_of(program: Program) -> dict[str, Any]:

@@ -69,7 +69,12 @@ def _profile(
         selected = select_feeds(session, feeds)
         for _ in range(_WARM_UP + runs):
             session.run(None, selected)
-        found: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        try:
+            found: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+        except (OSError, ValueError):  # ONNX Runtime says nothing where the disk is full
+            raise GraphoptError(
+                f"ONNX Runtime's profile in {tempfile.gettempdir()} is incomplete; make room there, or set TMPDIR"
+            ) from None
     return found
 
 

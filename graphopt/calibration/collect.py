@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.calibration.batches import Batches
+from graphopt.calibration.batches import EMPTY, Batches
 from graphopt.calibration.observers import Histogram
 from graphopt.errors import GraphoptError
 from graphopt.ir.program import Program
@@ -18,6 +18,7 @@ from graphopt.progress import Progress
 class _Observed(fx.Interpreter):
     def __init__(self, program: Program, histograms: dict[fx.Node, Histogram]) -> None:
         super().__init__(program.graph_module)
+        self.extra_traceback = False  # it would write the graph into the error's text
         self._histograms = histograms
 
     def run_node(self, n: fx.Node) -> Any:
@@ -29,18 +30,26 @@ class _Observed(fx.Interpreter):
 
 
 def collect(program: Program, nodes: Collection[fx.Node], batches: Batches, progress: Progress) -> dict[fx.Node, Histogram]:
-    """Return a Histogram for each of `nodes` over all batches; one pass, memory independent of their number.
+    """Return a Histogram for each of `nodes` over all batches; one reading, memory independent of their number.
 
     Raises GraphoptError where there is no batch, or a batch does not run.
     """
     histograms = {node: Histogram() for node in nodes}
-    interpreter = _Observed(program, histograms)
     count = 0
     with progress.stage("calibrate", len(batches)) as stage, torch.no_grad():
         for flat in batches:
-            interpreter.run(*flat)
+            try:
+                _Observed(program, histograms).run(*flat)
+            except (GraphoptError, MemoryError):
+                raise
+            except Exception as error:  # an index beyond a table, sizes of inputs that do not go together
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise GraphoptError(
+                    f"the model does not run on calibration batch {count} ({type(error).__name__}: {reason}); "
+                    "give batches like the example inputs"
+                ) from error
             count += 1
             stage.advance()
     if count == 0:
-        raise GraphoptError("the calibration data is empty; give at least one batch in the form of the example inputs")
+        raise GraphoptError(EMPTY)
     return histograms

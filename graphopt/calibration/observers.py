@@ -1,11 +1,12 @@
 """Observers: what is remembered of a tensor that streams by.
 
 A Histogram holds the exact minimum and maximum and a histogram of fixed size whose range doubles as data asks for it, so
-memory does not grow with the number of batches. Large tensors enter the histogram by a strided sample.
+memory does not grow with the number of batches. Large tensors enter the histogram by a sample.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,23 +17,25 @@ from graphopt.errors import GraphoptError
 
 BINS = 2048
 SAMPLE = 1 << 16  # values of one tensor of one batch that enter the histogram
-_STRIDE_OFFSET = 1  # an odd stride does not fall in step with channel counts, which are even
 
 
-@dataclass
+@dataclass(eq=False)
 class Histogram:
     """Distribution of the finite values of one tensor, over all batches seen.
 
     Attributes:
         low, high: exact minimum and maximum.
-        edge: the histogram covers [-edge, edge] in BINS equal bins.
-        counts: float64 [BINS].
+        edge: the histogram covers [-edge, edge] in BINS equal bins, each with its lower end; 0 while only zeros were
+            seen, else a power of two.
+        counts: values a bin, float64 [BINS].
+        updates: tensors seen; it seeds the samples.
     """
 
     low: float = float("inf")
     high: float = float("-inf")
     edge: float = 0.0
     counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    updates: int = 0
 
     @property
     def empty(self) -> bool:
@@ -42,23 +45,27 @@ class Histogram:
         """Add a tensor; GraphoptError where it holds NaN or infinity."""
         if values.numel() == 0:
             return
-        low, high = (float(bound) for bound in torch.aminmax(values.detach().float()))
-        if not np.isfinite(low) or not np.isfinite(high):
+        plain = values.detach()
+        wide = plain if plain.dtype in (torch.float32, torch.float64) else plain.float()
+        low, high = (float(bound) for bound in torch.aminmax(wide))
+        if not math.isfinite(low) or not math.isfinite(high):
             raise GraphoptError(
                 f"calibration met NaN or infinity at {name}; check the calibration data, or keep that place float with skip"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(max(abs(low), abs(high)))
-        if self.edge > 0:
-            sample = _sample(values)
-            counts = torch.histc(sample, BINS, -self.edge, self.edge).to(torch.float64)
-            self.counts += counts.numpy() * (values.numel() / sample.numel())
+        sample = _sample(wide, self.updates).to(torch.float64)
+        self.updates += 1
+        # Relative to the edge, which is a power of two, so that nothing is rounded and no range is too large for histc.
+        counts = torch.histc(sample / (self.edge or 1.0), BINS, -1.0, 1.0)
+        self.counts += counts.numpy() * (values.numel() / sample.numel())
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram has seen."""
         if other.empty:
             return
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.updates += other.updates
         counts, edge = other.counts.copy(), other.edge
         self._cover(edge)
         while 0 < edge < self.edge:
@@ -74,8 +81,10 @@ class Histogram:
         if magnitude == 0:
             return
         if self.edge == 0:
-            # A power of two, so that the edges of any two histograms are a whole number of doublings apart.
-            self.edge = float(2.0 ** np.ceil(np.log2(magnitude)))
+            # A power of two, so that the edges of any two histograms are a whole number of doublings apart. Zeros seen
+            # before lie at the lower end of the bin right of the middle, whatever the edge.
+            mantissa, exponent = math.frexp(magnitude)
+            self.edge = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
         while self.edge < magnitude:
             self.counts, self.edge = _fold(self.counts), self.edge * 2
 
@@ -87,8 +96,14 @@ def _fold(counts: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _sample(values: Tensor) -> Tensor:
-    flat = values.detach().reshape(-1)
-    if flat.numel() > SAMPLE:
-        flat = flat[:: (flat.numel() // SAMPLE) | _STRIDE_OFFSET]
-    return flat.float()
+def _sample(values: Tensor, seed: int) -> Tensor:
+    """Return all values, or SAMPLE of them: one drawn from each of SAMPLE equal stretches.
+
+    A fixed stride would fall in step with the sizes of the tensor's axes and see some channels only.
+    """
+    flat = values.reshape(-1)
+    if flat.numel() <= SAMPLE:
+        return flat
+    offsets = torch.rand(SAMPLE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    positions = (torch.arange(SAMPLE, dtype=torch.float64) + offsets) * (flat.numel() / SAMPLE)
+    return flat[positions.long().clamp(max=flat.numel() - 1)]

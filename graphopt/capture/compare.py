@@ -38,8 +38,9 @@ def check_same_function(program: Program, reference: Any) -> None:
         if difference := _difference(was, now, compare_values):
             name = f"output{pytree.keystr(path)}" if path else "output"
             raise GraphoptError(
-                f"the captured graph computes something else than the model on the example inputs ({name}: {difference}); "
-                "forward must depend on its inputs and weights only, not on Python state, files or random numbers of Python"
+                "the captured graph computes something else than the model on the example inputs "
+                f"({name}: {difference}); forward must depend on its inputs and weights only, not on Python state, files "
+                "or Python's random numbers"
             )
 
 

@@ -1,7 +1,7 @@
 """`capture`: nn.Module, fx.GraphModule, ExportedProgram or `.pt2` file -> Program.
 
-A Program is an inference graph. A module is captured in eval mode, whatever mode it is in: dropout does nothing and batch
-norm uses its running statistics, which is what users of an optimized model expect. The module is left as it was.
+A Program is an inference graph. A module is captured in eval mode, whatever mode it is in: dropout does nothing and
+batch norm uses its running statistics, which is what users of an optimized model expect. The module is left as it was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from graphopt.calibration.batches import call_form
 from graphopt.capture.compare import check_same_function
+from graphopt.capture.dimensions import dimension_names
 from graphopt.capture.export import functional, notes_of, refuse_training_graph, traced
 from graphopt.capture.inputs import check_call, check_tensors, conventional_inputs, forward_parameters, own_copy
 from graphopt.capture.modes import inference, unwrapped
@@ -24,7 +25,7 @@ from graphopt.capture.weights import check_exported_weights, check_module_weight
 from graphopt.errors import GraphoptError
 from graphopt.ir.archive import read_archive
 from graphopt.ir.exported import from_exported
-from graphopt.ir.program import Program
+from graphopt.ir.program import Program, ProgramModule
 
 
 def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None, trust: bool = False) -> Program:
@@ -32,9 +33,9 @@ def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None, 
 
     Args:
         model: an `nn.Module`, an `fx.GraphModule`, a `torch.export.ExportedProgram`, or the path of a `.pt2` file.
-        example_inputs: positional inputs as a tuple or list, keyword inputs as a dict, or one tensor. None takes what the
-            model says it eats (`example_input_array`, `dummy_inputs`, `pretrained_cfg["input_size"]`) or, for an exported
-            program, the inputs it was exported with.
+        example_inputs: positional inputs as a tuple or list, keyword inputs as a dict, or one tensor. None takes what
+            the model says it eats (`example_input_array`, `dummy_inputs`, `pretrained_cfg["input_size"]`) or, for an
+            exported program, the inputs it was exported with.
         dynamic_shapes: as `torch.export.export` takes it; modules only.
         trust: unpickle a `.pt2` file that needs it. This runs code from the file.
 
@@ -42,12 +43,19 @@ def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None, 
         GraphoptError: the model does not run on the inputs, cannot be captured (with the line of the model and what
             usually helps), updates its own state, returns something other than tensors, or has NaN in its weights.
     """
+    with torch.random.fork_rng(devices=[]):
+        return _capture(model, example_inputs, dynamic_shapes, trust)
+
+
+def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, trust: bool) -> Program:
     if isinstance(model, str | Path):
         return _of_archive(Path(model), example_inputs, dynamic_shapes, trust)
     if isinstance(model, ExportedProgram):
         return _of_exported(model, example_inputs, dynamic_shapes)
     if isinstance(model, Program):
         raise GraphoptError("the model is a graphopt Program already; use it as it is, or capture its module()")
+    if isinstance(model, ProgramModule):
+        return _of_program(model.program, example_inputs, dynamic_shapes)
     if isinstance(model, nn.Module):
         return _of_module(unwrapped(model), example_inputs, dynamic_shapes)
     what = f"the class {model.__name__}; make an instance of it" if isinstance(model, type) else type(model).__name__
@@ -70,6 +78,8 @@ def _of_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Pr
         exported = traced(model, args, kwargs, dynamic_shapes)
     notes = ["the model was in train mode and was captured in eval mode, as a graph for inference"] * was_training
     program = _finish(exported, parameters, (args, kwargs), notes)
+    if dynamic_shapes is not None:
+        program.dimension_names = dimension_names(program, model, (args, kwargs), dynamic_shapes)
     check_same_function(program, reference)
     return program
 
@@ -95,9 +105,15 @@ def _of_archive(path: Path, example_inputs: Any, dynamic_shapes: Any, trust: boo
     archive = read_archive(path, trust=trust)
     if not archive.by_graphopt:
         return _of_exported(archive.exported, example_inputs, dynamic_shapes)
+    return _of_program(archive.program(), example_inputs, dynamic_shapes)
+
+
+def _of_program(program: Program, example_inputs: Any, dynamic_shapes: Any) -> Program:
     if dynamic_shapes is not None:
-        raise GraphoptError(f"{path} was captured already and its shapes are fixed; give dynamic_shapes when capturing")
-    program = archive.program()
+        raise GraphoptError(
+            "the model was captured already and its shapes are fixed; give dynamic_shapes when capturing the original"
+        )
+    program = program.clone()
     if example_inputs is not None:
         args, kwargs = own_copy(call_form(example_inputs))
         program.signature.flatten(args, kwargs)

@@ -1,7 +1,7 @@
 """Running torch.export, and making its graph functional.
 
-`run_decompositions({})` functionalises, keeps linear, conv, layer_norm and SDPA whole, and inlines regions of no_grad and
-autocast, the latter with their casts made explicit. It forgets which line such a region's operators came from;
+`run_decompositions({})` functionalises, keeps linear, conv, layer_norm and SDPA whole, and inlines regions of no_grad
+and autocast, the latter with their casts made explicit. It forgets which line such a region's operators came from;
 `functional` puts that back.
 """
 
@@ -51,7 +51,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     }
     try:
         with _quiet(), torch.no_grad():
-            decomposed = exported.run_decompositions({})
+            decomposed: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise export_failure("the exported program", error) from error
     for node in decomposed.graph.nodes:
@@ -80,8 +80,8 @@ def _refuse_state(exported: ExportedProgram) -> None:
         writer = next((node for node in exported.graph.nodes if node.name == spec.arg.name), None)
         where = source_line(writer) if writer is not None else ""
         raise GraphoptError(
-            f"the model updates its buffer {spec.target} in forward{f' at {where}' if where else ''}, so that a call depends "
-            "on those before it; take the old value as an input and return the new one as an output"
+            f"the model updates its buffer {spec.target} in forward{f' at {where}' if where else ''}, so that a call "
+            "depends on those before it; take the old value as an input and return the new one as an output"
         )
 
 
@@ -120,7 +120,8 @@ def notes_of(exported: ExportedProgram) -> list[str]:
     written = [str(spec.target) for spec in specs if spec.kind is OutputKind.USER_INPUT_MUTATION]
     if written:
         notes.append(
-            f"the model overwrites its input {', '.join(written)} in place; the captured program leaves its inputs as they are"
+            f"the model overwrites its input {', '.join(written)} in place; "
+            "the captured program leaves its inputs as they are"
         )
     random = dict.fromkeys(str(node.target) for node in exported.graph.nodes if draws(node))
     if random:

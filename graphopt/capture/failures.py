@@ -1,7 +1,8 @@
 """From an exception deep inside torch.export to the user's line and what usually helps.
 
-The exception's traceback passes through the user's forward; the line shown is the deepest one in the user's own files, or,
-where the model comes from a library, the deepest one of that library. Data-dependent branches carry the line in their text.
+The exception's traceback passes through the user's forward; the line shown is the deepest one in the user's own files,
+or, where the model comes from a library, the deepest one of that library. Data-dependent branches carry the line in
+their text.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def conventional_inputs(model: nn.Module) -> Any:
     """Return example inputs from a convention the module follows.
 
     `example_input_array` (Lightning), `dummy_inputs` (transformers), `pretrained_cfg["input_size"]` or `default_cfg`
-    (timm: [1, channels, height, width], seeded normal values in the type of the weights). An entry that does not fit the
-    module's forward is passed over. Raises GraphoptError where nothing fits.
+    (timm: [1, channels, height, width], seeded normal values in the type of the weights). An entry that does not fit
+    the module's forward is passed over. Raises GraphoptError where nothing fits.
     """
     for attribute in ("example_input_array", "dummy_inputs"):
         try:
@@ -54,6 +54,9 @@ def _fits(model: nn.Module, inputs: Any) -> bool:
         args = tuple(inputs)
     elif isinstance(inputs, Mapping):
         args, kwargs = (), dict(inputs)
+    # What only a `**kwargs` would take is no input of this model: a convention is inherited, an input is named.
+    if not set(kwargs) <= set(forward_parameters(model, 0)):
+        return False
     try:
         check_call(model, args, kwargs)
     except GraphoptError:
@@ -76,7 +79,7 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def forward_parameters(model: nn.Module, given: int) -> tuple[str, ...]:
-    """Return the names of forward's parameters in order; `*rest` counts as `rest_0`, `rest_1` ... up to `given` inputs."""
+    """Return the names of forward's parameters in order; `*rest` is `rest_0`, `rest_1` ... up to `given` inputs."""
     signature = _signature(model)
     names: list[str] = []
     for parameter in signature.parameters.values() if signature else ():
@@ -122,7 +125,9 @@ def _check_tensor(value: Tensor, name: str) -> None:
     if value.is_meta:
         raise GraphoptError(f"example input {name} is on the meta device and has no values; make it on the cpu")
     if value.numel() == 0:
-        raise GraphoptError(f"example input {name} has no elements (shape {list(value.shape)}); give at least one sample")
+        raise GraphoptError(
+            f"example input {name} has no elements (shape {list(value.shape)}); give at least one sample"
+        )
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise GraphoptError(f"example input {name} holds NaN or infinity; give finite values")
 

@@ -32,7 +32,7 @@ def inference(model: nn.Module) -> Iterator[bool]:
     """
     flags = {module: module.training for module in model.modules()}
     was_training = any(flags.values())
-    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _unchanged(model), torch.inference_mode(False), torch.no_grad():
         try:
             if was_training:
                 _evaluate(model)
@@ -84,4 +84,4 @@ def _restore(buffer: Tensor, value: Tensor) -> None:
     if buffer.shape == value.shape:
         buffer.copy_(value)
     else:
-        buffer.set_(value)
+        buffer.set_(value.untyped_storage(), 0, value.shape, value.stride())

@@ -30,9 +30,11 @@ def eager_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             tensors += 1
         elif not isinstance(leaf, int | float | bool | None):
             where = f" at output{pytree.keystr(path)}" if path else ""
+            cached = getattr(getattr(model, "config", None), "use_cache", False) is True
+            how = "set model.config.use_cache = False" if cached else "wrap the model in a module that drops the rest"
             raise GraphoptError(
-                f"{type(model).__name__} returns a {type(leaf).__name__}{where}; return tensors only, in tuples, lists, "
-                "dicts or dataclasses (wrap the model in a module that drops the rest)"
+                f"{type(model).__name__} returns a {type(leaf).__name__}{where}; return tensors only, in tuples, "
+                f"lists, dicts or dataclasses ({how})"
             )
     if not tensors:
         raise GraphoptError(f"{type(model).__name__} returns no tensor; there is nothing to compute")

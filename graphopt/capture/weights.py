@@ -20,7 +20,7 @@ def check_module_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise GraphoptError(
-                f"parameter {name} has no shape yet; run the model once on a batch, so that its lazy modules are initialised"
+                f"parameter {name} has no shape yet; run the model once on a batch to initialise its lazy modules"
             )
         if tensor.is_meta:
             raise GraphoptError(f"weight {name} is on the meta device and has no values; load the weights first")
@@ -40,7 +40,8 @@ def check_exported_weights(exported: ExportedProgram) -> None:
         if found:
             kind = "parameter" if parameter else "buffer"
             raise GraphoptError(
-                f"{kind} {name} holds {found}; the model is broken (a diverged training, a damaged checkpoint): repair it first"
+                f"{kind} {name} holds {found}; the model is broken (a diverged training, a damaged checkpoint), "
+                "repair it first"
             )
 
 

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli import console
-
 app = typer.Typer(
     name="graphopt",
     help="An optimizing compiler for neural networks: PyTorch in; smaller, faster, verified ONNX out.",
@@ -46,12 +44,10 @@ def optimize(
         typer.Argument(
             metavar="MODEL",
             help="package.module:factory, which returns a module, or a module and its example inputs "
-            "(and dynamic shapes); or a .pt2 file."
+            "(and dynamic shapes); or a .pt2 file.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="RUN_DIR", help="Folder to write the run to.")
-    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN_DIR", help="Folder to write the run to.")],
     recipe: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="Built-in recipe, or a YAML file. Default: int8 with data."),
@@ -61,9 +57,7 @@ def optimize(
     ] = None,
     evaluate: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION", help="The metric: function(model) -> float, higher is better."
-        ),
+        typer.Option(metavar="MODULE:FUNCTION", help="The metric: function(model) -> float, higher is better."),
     ] = None,
     keep_float: Annotated[
         list[str] | None,
@@ -71,9 +65,7 @@ def optimize(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="target, seed, budget.FIELD or PASS.FIELD. Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="target, seed, budget.FIELD or PASS.FIELD. Repeatable."),
     ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Allow unpickling a .pt2; this runs code from the file.")
@@ -87,6 +79,7 @@ def optimize(
 
     It holds model.onnx, model.pt2, recipe.yaml, report.json, report.html and trace/.
     """
+    from graphopt.cli import console
     from graphopt.cli.optimize import Request, run
 
     request = Request(
@@ -101,11 +94,8 @@ def optimize(
         seed,
         target,
     )
-    result = run(request)
-    out = console.out()
-    out.print(result.report)
-    out.print()
-    console.paths(out, output)
+    console.show(run(request).report)
+    console.paths(output)
 
 
 @app.command()
@@ -187,4 +177,4 @@ def demo(
     """
     from graphopt.cli.demo import run
 
-    run(output, console.out())
+    run(output)

@@ -25,9 +25,7 @@ def bench_text(model: Path, against: Path | None, backend: str, threads: int) ->
     if against is not None:
         paths["against"] = model_file(against)
     timings = backend_by_name(backend).measure(paths, threads)
-    head = Text(
-        f"inputs {', '.join(timings['model'].inputs)}; {threads} thread{'s' * (threads > 1)}; runs in turns\n"
-    )
+    head = Text(f"inputs {', '.join(timings['model'].inputs)}; {threads} thread{'s' * (threads > 1)}; runs in turns\n")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("", "median ms", "least ms", "runs", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -35,9 +33,7 @@ def bench_text(model: Path, against: Path | None, backend: str, threads: int) ->
     for label, path in paths.items():
         each = timings[label]
         ratio = f"{each.latency_ms / reference:.2f}×" if len(paths) > 1 and reference else ""
-        table.add_row(
-            Text(str(path)), f"{each.latency_ms:.3f}", f"{each.minimum_ms:.3f}", str(each.runs), ratio
-        )
+        table.add_row(Text(str(path)), f"{each.latency_ms:.3f}", f"{each.minimum_ms:.3f}", str(each.runs), ratio)
     parts: list[RenderableType] = [head, table, Text(f"\nwhere the time goes in {paths['model']}\n")]
     return plain(Group(*parts, types(timings), Text(), nodes(timings["model"])), WIDTH)
 

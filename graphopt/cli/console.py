@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
+from rich.console import Console, Group, RenderableType
+
+from graphopt.report.text import plain
 
 WIDTH = 110
 
 
-def out() -> Console:
-    """Return a console on standard output; names in what it prints are not taken for markup."""
-    wide = None if sys.stdout.isatty() else WIDTH
-    return Console(width=wide, markup=False, emoji=False, highlight=False, soft_wrap=False)
+def show(*parts: RenderableType) -> None:
+    """Print in colour on a terminal, else as plain text without trailing blanks; names are not taken for markup."""
+    if sys.stdout.isatty():
+        Console(markup=False, emoji=False, highlight=False).print(Group(*parts))
+    else:
+        print(plain(Group(*parts), WIDTH), end="")
 
 
-def paths(console: Console, run_dir: Path) -> None:
-    """Say where the run and its report lie."""
-    for what, path in (("run directory", run_dir), ("report", run_dir / "report.html")):
-        console.print(Text(f"{what:<15}{path}"), soft_wrap=True)
+def paths(run_dir: Path) -> None:
+    """Say where the run and its report lie, each on a line that can be copied."""
+    print(f"\nrun directory  {run_dir}\nreport         {run_dir / 'report.html'}")

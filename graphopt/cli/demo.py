@@ -7,25 +7,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from graphopt import demo
 from graphopt.api import optimize
-from graphopt.cli import console as places
+from graphopt.cli import console
 from graphopt.files import check_replaceable
 from graphopt.pipeline import backend
 from graphopt.progress import Progress, Stage, default_progress
 from graphopt.report import Change
-from graphopt.report.text import export_parts, passes, section, size_text
+from graphopt.report.text import bullet, export_parts, passes, section, size_text
 from graphopt.result import MARKER, Result
 
 LARGEST_GAP = 0.3  # points between the file in its runtime and its emulation in torch
 
 
-def run(output: Path, console: Console) -> None:
+def run(output: Path) -> None:
     """Train or load the model, optimize it to int8, write the run directory and print what came of it."""
     check_replaceable(output, MARKER)
     progress = default_progress()
@@ -43,12 +43,10 @@ def run(output: Path, console: Console) -> None:
     )
     with progress.stage("evaluate the file in its runtime"):
         accuracy = runtime_accuracy(result, output / "model.onnx")
-    _print(result, accuracy, console)
-    places.paths(console, output)
+    console.show(*_parts(result, accuracy))
+    console.paths(output)
     if result.metric is None or abs(accuracy - result.metric) > LARGEST_GAP:
-        raise RuntimeError(
-            f"model.onnx reaches {accuracy:.2f} % in its runtime, its emulation {result.metric:.2f} %"
-        )
+        raise RuntimeError(f"model.onnx reaches {accuracy:.2f} % in its runtime, its emulation {result.metric:.2f} %")
 
 
 def runtime_accuracy(result: Result, path: Path) -> float:
@@ -78,13 +76,9 @@ def _training(progress: Progress) -> Iterator[Callable[[int, int], None]]:
         yield steps
 
 
-def _print(result: Result, accuracy: float, console: Console) -> None:
+def _parts(result: Result, accuracy: float) -> list[RenderableType]:
     report = result.report
-    table = Table(
-        title="residual CNN on 797 test images of scikit-learn's digits",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = Table()
     table.add_column("")
     for heading in ("fp32", "int8", "int8 / fp32"):
         table.add_column(heading, justify="right")
@@ -92,20 +86,15 @@ def _print(result: Result, accuracy: float, console: Console) -> None:
     table.add_row("accuracy", f"{before:.2f} %", f"{accuracy:.2f} %", f"{accuracy - before:+.2f} points")
     table.add_row("file", *_cells(report.size_bytes, size_text))
     table.add_row("latency", *_cells(report.latency_ms, lambda value: f"{value:.2f} ms"))
-    console.print(table)
-    console.print(
-        Text(
-            "accuracy of fp32 in torch, of int8 in the runtime; latencies at one thread, interleaved medians",
-            "dim",
-        )
-    )
-    console.print(section("passes"))
-    console.print(passes(report.passes))
-    for part in export_parts(report):
-        console.print(part)
-    for note in report.notes:
-        console.print(Text(f"  {note}"))
-    console.print()
+    parts: list[RenderableType] = [
+        Text("A residual CNN on 797 test images of scikit-learn's digits", "bold"),
+        table,
+        Text("accuracy: fp32 in torch, int8 the file in its runtime; latency: one thread, interleaved medians", "dim"),
+        section("passes"),
+        passes(report.passes),
+        *export_parts(report),
+    ]
+    return parts + [bullet(note) for note in report.notes]
 
 
 def _cells(change: Change, show: Callable[[float], str]) -> tuple[str, str, str]:

@@ -100,14 +100,10 @@ def pass_lines(a: Report, b: Report) -> list[RenderableType]:
         for side, row in zip("AB", rows, strict=True):
             cells = ("not run",) if row is None else _line(row)
             table.add_row(Text(key if side == "A" else ""), side, *(Text(cell) for cell in cells))
-    parts: list[RenderableType] = (
-        [table] if table.row_count else [bullet("every pass reports the same in both")]
-    )
+    parts: list[RenderableType] = [table] if table.row_count else [bullet("every pass reports the same in both")]
     parted = parting(a, b)
     parts.append(
-        bullet(
-            f"the programs differ from {parted} on" if parted else "the programs are equal after every pass"
-        )
+        bullet(f"the programs differ from {parted} on" if parted else "the programs are equal after every pass")
     )
     return parts
 

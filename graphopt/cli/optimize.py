@@ -54,9 +54,7 @@ def run(request: Request) -> Result:
     named = load_model(request.model)
     progress = default_progress()
     with progress.stage("capture"):
-        program = capture(
-            named.model, named.example_inputs, dynamic_shapes=named.dynamic_shapes, trust=request.trust
-        )
+        program = capture(named.model, named.example_inputs, dynamic_shapes=named.dynamic_shapes, trust=request.trust)
     calibration = samples.batches(program) if samples is not None else None
     program.notes += [*notes, *(calibration.notes if calibration is not None else ())]
     program.notes += unmatched(program, request.keep_float)
@@ -75,9 +73,7 @@ def run(request: Request) -> Result:
 
 def unmatched(program: Program, globs: Sequence[str]) -> list[str]:
     """Return a sentence for every glob that means nothing in the captured program; it may be misspelt."""
-    names = {
-        name for node in program.nodes if node.op == "call_function" for name in site_names(program, node)
-    }
+    names = {name for node in program.nodes if node.op == "call_function" for name in site_names(program, node)}
     return [
         f"--keep-float {glob!r} matches no node, weight or module of the captured model"
         for glob in globs

@@ -63,9 +63,7 @@ class SampleFile:
                 headers = {}
                 for member in archive.namelist():
                     if not member.endswith(".npy"):
-                        raise GraphoptError(
-                            f"{path} holds {member!r}, which is no array; write it with numpy.savez"
-                        )
+                        raise GraphoptError(f"{path} holds {member!r}, which is no array; write it with numpy.savez")
                     with archive.open(member) as stream:
                         headers[member.removesuffix(".npy")] = _header(stream)
         except FileNotFoundError:
@@ -127,9 +125,7 @@ class SampleFile:
 
     def _check_names(self, names: list[str]) -> None:
         hint = (
-            "; name them: numpy.savez(path, "
-            + ", ".join(f"{name}=..." for name in names if name.isidentifier())
-            + ")"
+            "; name them: numpy.savez(path, " + ", ".join(f"{name}=..." for name in names if name.isidentifier()) + ")"
         )
         unnamed = all(key.startswith("arr_") for key in self.headers)
         for name in names:
@@ -149,19 +145,15 @@ class SampleFile:
         expected = _numpy_dtype(known.dtype)
         if header.dtype.newbyteorder("=") != expected:
             raise GraphoptError(
-                f"{self.path}: {name} is {header.dtype}, the model takes {expected}; "
-                f"save {name}.astype('{expected}')"
+                f"{self.path}: {name} is {header.dtype}, the model takes {expected}; save {name}.astype('{expected}')"
             )
         sample = header.shape[1:]
         fits = len(sample) == max(known.dim() - 1, 0) and all(
-            not isinstance(size, int) or size == given
-            for size, given in zip(known.shape[1:], sample, strict=True)
+            not isinstance(size, int) or size == given for size, given in zip(known.shape[1:], sample, strict=True)
         )
         if not fits or math.prod(sample) == 0:
             wanted = ", ".join(str(size) for size in ("samples", *known.shape[1:]))
-            raise GraphoptError(
-                f"{self.path}: {name} has shape {list(header.shape)}, the model takes [{wanted}]"
-            )
+            raise GraphoptError(f"{self.path}: {name} has shape {list(header.shape)}, the model takes [{wanted}]")
 
 
 def _free_batch(inputs: list[Tensor], program: Program) -> tuple[int, int] | None:
@@ -187,9 +179,7 @@ class SampleBatches:
         notes: sentences about samples left out.
     """
 
-    def __init__(
-        self, file: SampleFile, program: Program, sizes: list[dict[str, int]], notes: list[str]
-    ) -> None:
+    def __init__(self, file: SampleFile, program: Program, sizes: list[dict[str, int]], notes: list[str]) -> None:
         self.notes = notes
         self._file, self._sizes = file, sizes
         self._signature, self._example = program.signature, program.flat_example
@@ -204,22 +194,19 @@ class SampleBatches:
             with ExitStack() as stack:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 readers = {
-                    name: _Reader(stack.enter_context(archive.open(f"{name}.npy")), name)
-                    for name in self._sizes[0]
+                    name: _Reader(stack.enter_context(archive.open(f"{name}.npy")), name) for name in self._sizes[0]
                 }
                 for rows in self._sizes:
                     yield self._form({name: reader.read(rows[name]) for name, reader in readers.items()})
+                for reader in readers.values():
+                    reader.finish()
         except (*_READ_ERRORS, KeyError) as error:
-            raise GraphoptError(
-                f"{path} cannot be read ({_reason(error)}); write it again with numpy.savez"
-            ) from None
+            raise GraphoptError(f"{path} cannot be read ({_reason(error)}); write it again with numpy.savez") from None
 
     def _form(self, values: dict[str, Tensor]) -> Any:
         """Put named values into the structure the model was captured with."""
         flat = []
-        for name, node, example in zip(
-            self._signature.inputs, self._placeholders, self._example, strict=True
-        ):
+        for name, node, example in zip(self._signature.inputs, self._placeholders, self._example, strict=True):
             known = node.meta.get("val")
             if not isinstance(known, Tensor):
                 flat.append(example)
@@ -253,6 +240,11 @@ class _Reader:
         self._next += rows
         # A copy: torch wants memory of its own, in this machine's byte order.
         return torch.from_numpy(array.astype(self._header.dtype.newbyteorder("="), order="C", copy=True))
+
+    def finish(self) -> None:
+        """Read what is left over: the archive's checksum is compared at the end."""
+        while self._stream.read(1 << 20):
+            pass
 
     def _exactly(self, count: int) -> bytes:
         data = self._stream.read(count)

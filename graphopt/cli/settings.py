@@ -44,9 +44,7 @@ class Settings:
         elif not dot:
             known = ["target", "seed", "budget.FIELD", *(f"{each}.FIELD" for each in pass_classes())]
             near = nearest(key, ["target", "seed"]) or nearest(f"{key}.FIELD", known)
-            raise GraphoptError(
-                f"--set knows no key {key!r}{near}; it takes target, seed, budget.FIELD or PASS.FIELD"
-            )
+            raise GraphoptError(f"--set knows no key {key!r}{near}; it takes target, seed, budget.FIELD or PASS.FIELD")
         elif first == "budget":
             self.budget = self.budget.with_bound(name, value)
         else:

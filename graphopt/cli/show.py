@@ -33,10 +33,7 @@ def pass_text(report: Report, name: str) -> str:
     return (
         text
         + "\n"
-        + (
-            record.diff()
-            or (record.text if record.index == 0 else "The program is the same before and after.\n")
-        )
+        + (record.diff() or (record.text if record.index == 0 else "The program is the same before and after.\n"))
     )
 
 

@@ -37,9 +37,7 @@ def weights_path(config: TrainingConfig, folder: Path | None = None) -> Path:
     return (folder or cache_folder()) / f"demo-{digest}.safetensors"
 
 
-def trained(
-    config: TrainingConfig, progress: Progress | None = None, folder: Path | None = None
-) -> ResidualCNN:
+def trained(config: TrainingConfig, progress: Progress | None = None, folder: Path | None = None) -> ResidualCNN:
     """Return the network of `config` in eval mode: from the cache, else trained and then kept there.
 
     A damaged file is trained anew and replaced. Where the cache cannot be written, a warning says so and the

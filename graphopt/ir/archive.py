@@ -1,7 +1,7 @@
 """`.pt2` archives: a Program on disk, and the reading of any exported program from untrusted files.
 
-The file is what torch.export.save writes, so torch.export.load reads it; its extra member `graphopt.json` holds what an
-ExportedProgram has no place for (ties, notes, parameter names, provenance of weights, the classes of inputs and outputs).
+The file is what torch.export.save writes, so torch.export.load reads it; its extra member `graphopt.json` holds what
+an ExportedProgram has no place for (ties, notes, names, provenance of weights, the classes of inputs and outputs).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -54,7 +55,9 @@ class Archive:
         try:
             return _program(self.exported, self.record, self.trust)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-            raise GraphoptError(f"{self.path} is damaged: its member extra/{RECORD} does not fit its program") from error
+            raise GraphoptError(
+                f"{self.path} is damaged: its member extra/{RECORD} does not fit its program"
+            ) from error
 
 
 def save_program(program: Program, path: Path) -> None:
@@ -132,6 +135,7 @@ def _record(program: Program) -> dict[str, Any]:
         "out_spec": encode(signature.out_spec),
         "aliases": program.aliases,
         "notes": program.notes,
+        "dimensions": program.dimension_names,
         "weights": weights,
     }
 
@@ -139,7 +143,8 @@ def _record(program: Program) -> dict[str, Any]:
 def _program(exported: ExportedProgram, record: dict[str, Any], trust: bool) -> Program:
     if record["format"] != FORMAT:
         raise GraphoptError(
-            f"the archive has format {record['format']} and this version of graphopt reads {FORMAT}; optimize the model again"
+            f"the archive has format {record['format']} and this version of graphopt reads {FORMAT}; "
+            "optimize the model again"
         )
     program = from_exported(exported, tuple(map(str, record["parameters"])))
     signature = Signature(
@@ -149,7 +154,10 @@ def _program(exported: ExportedProgram, record: dict[str, Any], trust: bool) -> 
         tuple(map(str, record["inputs"])),
     )
     plain = program.signature
-    if signature.in_spec.num_leaves != plain.in_spec.num_leaves or signature.out_spec.num_leaves != plain.out_spec.num_leaves:
+    if (
+        signature.in_spec.num_leaves != plain.in_spec.num_leaves
+        or signature.out_spec.num_leaves != plain.out_spec.num_leaves
+    ):
         raise ValueError("the structures do not have the program's number of values")
     for node in program.graph.nodes:
         if node.op == "get_attr" and (known := record["weights"].get(str(node.target))):
@@ -161,6 +169,7 @@ def _program(exported: ExportedProgram, record: dict[str, Any], trust: bool) -> 
         example_inputs=pytree.tree_unflatten(leaves, signature.in_spec),
         aliases={str(name): str(target) for name, target in record["aliases"].items()},
         notes=[str(note) for note in record["notes"]],
+        dimension_names={str(symbol): str(name) for symbol, name in record.get("dimensions", {}).items()},
     )
 
 
@@ -187,6 +196,7 @@ def read_archive(path: Path, trust: bool = False) -> Archive:
         raise GraphoptError(f"{path} {error}") from error.__cause__
     if not trust:
         _check(path, data, names)
+    _make_known(path, data, trust)
     exported, extra = _load(path, data)
     if not trust:
         _check_operators(path, exported)
@@ -203,7 +213,9 @@ def read_archive(path: Path, trust: bool = False) -> Archive:
 def _check(path: Path, data: bytes, names: list[str]) -> None:
     missing = [name for name in (MODEL, SAMPLE_INPUTS, "archive_format", "archive_version") if name not in names]
     if missing:
-        raise GraphoptError(f"{path} holds no exported program ({', '.join(missing)} missing); write it with torch.export.save")
+        raise GraphoptError(
+            f"{path} holds no exported program ({', '.join(missing)} missing); write it with torch.export.save"
+        )
     try:
         # The same reader that torch.export.load uses: another one might see other members in a crafted file.
         reader = torch._C.PyTorchFileReader(cast(Any, io.BytesIO(data)))
@@ -217,32 +229,41 @@ def _check(path: Path, data: bytes, names: list[str]) -> None:
             return contents[name]
 
         check_members(names, read)
-        types = foreign_types(read(MODEL))
     except Refusal as refusal:
         raise GraphoptError(
-            f"{path} is refused because {refusal}; pass trust=True only if you know who wrote it, for loading it may run code"
+            f"{path} is refused because {refusal}; pass trust=True only if you know who wrote it, for loading it may "
+            "run code"
         ) from refusal.__cause__
     except RuntimeError as error:
         raise GraphoptError(f"{path} is damaged: {_first_line(error)}") from error
+
+
+def _make_known(path: Path, data: bytes, trust: bool) -> None:
+    """Register the classes that the model's inputs and outputs hold, or say which is not known here."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            root = archive.namelist()[0].partition("/")[0]
+            types = foreign_types(archive.read(f"{root}/{MODEL}"))
+    except (KeyError, Refusal):  # a trusted file of another form: torch says what is wrong with it
+        return
     for name in types:
-        _make_known(name)
-
-
-def _make_known(name: str, trust: bool = False) -> None:
-    if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        known_class(name, trust)
-    if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
-        raise unknown_class(name)
+        if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+            known_class(name, trust)
+        if name not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+            raise unknown_class(name)
 
 
 def _load(path: Path, data: bytes) -> tuple[ExportedProgram, dict[str, Any]]:
     extra: dict[str, Any] = {RECORD: None}  # torch fills this dict, but not if it is empty
-    try:
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _quiet() as logged, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             return torch.export.load(io.BytesIO(data), extra_files=extra), extra
-    except Exception as error:  # a file that is not what it says may make the loader raise anything
-        raise GraphoptError(f"cannot load {path}: {type(error).__name__}: {_first_line(error)}") from error
+        except Exception as error:  # a file that is not what it says may make the loader raise anything
+            # After a first failure torch tries the format before .pt2, whose failure says nothing.
+            cause = logged[0] if logged and isinstance(logged[0], Exception) else error
+            what = f"{type(cause).__name__}: {_first_line(cause)}"
+            raise GraphoptError(f"cannot load {path}, which is damaged or of another version: {what}") from cause
 
 
 def _check_operators(path: Path, exported: ExportedProgram) -> None:
@@ -266,15 +287,29 @@ def _first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+class _Trap(logging.Handler):
+    """Keeps the exceptions that torch logs and goes on from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[BaseException] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.errors.append(record.exc_info[1])
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep tracebacks that torch logs from the user, who reads one sentence instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.export.pt2_archive._package")]
-    disabled = [logger.disabled for logger in loggers]
+def _quiet() -> Iterator[list[BaseException]]:
+    """Keep the tracebacks that torch logs from the user, who reads one sentence instead; yield their exceptions."""
+    names = ("torch.export", "torch._export.serde.serialize", "torch.export.pt2_archive._package")
+    loggers = [logging.getLogger(name) for name in names]
+    saved = [(logger.handlers, logger.propagate) for logger in loggers]
+    trap = _Trap()
     try:
         for logger in loggers:
-            logger.disabled = True
-        yield
+            logger.handlers, logger.propagate = [trap], False
+        yield trap.errors
     finally:
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
+        for logger, (handlers, propagate) in zip(loggers, saved, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate

@@ -1,10 +1,10 @@
 """What a `.pt2` archive may hold before torch.export.load sees it.
 
-torch.export.load trusts its input: it unpickles sample inputs, constants and weights, evaluates symbolic sizes with
-sympy, compiles the graph with the file's own names in it, executes guards written as Python, imports modules that input
-structures name, and loads compiled libraries. Each of these runs code for whoever wrote the file. An archive that passes
-`check_members` holds tensors, a graph of known operators under plain names, arithmetic in its sizes, and structures of
-known types. Everything is a list of what is allowed; the rest is refused.
+torch.export.load trusts its input: it unpickles sample inputs, constants and weights, evaluates symbolic
+sizes with sympy, executes guards written as Python, imports modules that the structures of inputs and outputs
+name, and loads compiled libraries. Each of these runs code for whoever wrote the file. An archive that passes
+`check_members` holds tensors, a graph of known operators under plain names, arithmetic in its sizes, and
+structures of known types. Every check is a list of what is allowed; the rest is refused.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ _OPERATORS = re.compile(
 )
 _FILE_OPERATORS = ("from_file",)  # of ATen's operators the only ones that open a file
 
-_FUNCTIONS = set(
-    "Symbol Integer Float Rational Add Mul Pow Max Min Mod PythonMod FloorDiv CleanDiv CeilDiv ModularIndexing Where "
-    "CeilToInt FloorToInt TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity LShift RShift PowByNatural "
-    "FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator Abs floor ceiling Eq Ne Equality Unequality "
-    "GreaterThan LessThan StrictGreaterThan StrictLessThan And Or Not Piecewise ExprCondPair".split()
-)
+_FUNCTIONS = {
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "PythonMod", "FloorDiv",
+    "CleanDiv", "CeilDiv", "ModularIndexing", "Where", "CeilToInt", "FloorToInt", "TruncToFloat", "TruncToInt",
+    "RoundToInt", "RoundDecimal", "ToFloat", "Identity", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv",
+    "IntTrueDiv", "IsNonOverlappingAndDenseIndicator", "Abs", "floor", "ceiling", "Eq", "Ne", "Equality", "Unequality",
+    "GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan", "And", "Or", "Not", "Piecewise", "ExprCondPair",
+}  # fmt: skip
 _CONSTANTS = {"true", "false", "True", "False", "oo", "int_oo"}
 _GROWING = {"Pow", "PowByNatural", "FloatPow", "LShift"}
 _ASSUMPTIONS = {"positive", "nonnegative", "negative", "nonzero", "integer", "real", "finite", "precision", "evaluate"}
@@ -85,7 +86,15 @@ def member_names(data: bytes) -> list[str]:
             entries = archive.infolist()
             _check_sizes(entries, len(data))
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, RuntimeError, OSError, OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        OverflowError,
+    ) as error:
         raise GraphoptError(f"is not a .pt2 archive, or is damaged ({error})") from error
     if damaged is not None:
         raise GraphoptError(f"is damaged: the checksum of its member {damaged} is wrong")
@@ -95,7 +104,9 @@ def member_names(data: bytes) -> list[str]:
     root = names[0].partition("/")[0] + "/" if names else ""
     for name in names:
         if not name.startswith(root) or ".." in name.split("/") or "\\" in name:
-            raise GraphoptError(f"holds a member outside its root folder ({name!r}), which no program of torch.export does")
+            raise GraphoptError(
+                f"holds a member outside its root folder ({name!r}), which no program of torch.export does"
+            )
     return [name.removeprefix(root) for name in names]
 
 
@@ -208,7 +219,9 @@ def _check_entry(key: str, value: Any) -> None:
             raise Refusal(f"a weight is called {value!r}, which is no name")
     elif key in ("target", "as_operator") and isinstance(value, str):
         if not _OPERATORS.fullmatch(value) or any(f".{name}." in value for name in _FILE_OPERATORS):
-            raise Refusal(f"its graph calls {value}, which is not one of the operators that graphopt knows to be harmless")
+            raise Refusal(
+                f"its graph calls {value}, which is not one of the operators that graphopt knows to be harmless"
+            )
     elif key == "expr_str":
         check_expression(str(value))
     elif key in ("in_spec", "out_spec") and isinstance(value, str):

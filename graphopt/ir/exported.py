@@ -149,7 +149,7 @@ def source_line(node: fx.Node) -> str:
     That is the innermost line outside torch: not the one in `torch/nn` that calls the operator, but the one that calls that.
     """
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line for line in lines if line.startswith("File ")]
+    frames = [line for line in lines if line.startswith("File ") and "<eval_with_key>" not in line]
     if not frames:
         return ""
     frames = [frame for frame in frames if "-packages/torch/" not in frame] or frames

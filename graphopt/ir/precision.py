@@ -29,15 +29,43 @@ def retype(program: Program, dtype: torch.dtype, weights: Mapping[str, Tensor] |
     """
     overrides = weights or {}
     twin = program.map_weights(lambda name, weight: retype_value(overrides.get(name, weight), dtype).detach())
+    _retype_calls(twin, dtype)
+    args, kwargs = program.example_inputs
+    twin.example_inputs = retype_tree((args, kwargs), dtype)
+    return twin
+
+
+class Retyped(fx.Interpreter):
+    """Runs a program over another floating type, converting each weight when it is read and dropping it after its last use.
+
+    Equal to running `retype(program, dtype, weights)`, in the memory of one layer instead of a second model.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None, keep: bool = False
+    ) -> None:
+        twin = program.clone()
+        _retype_calls(twin, dtype)
+        super().__init__(twin.graph_module, garbage_collect_values=not keep)
+        self._dtype, self._overrides = dtype, weights or {}
+
+    def outputs(self, flat_inputs: list[Any]) -> list[Any]:
+        """Run without gradients on flat inputs, converted too, and return flat outputs."""
+        with torch.no_grad():
+            return list(self.run(*(retype_value(value, self._dtype) for value in flat_inputs)))
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = self._overrides.get(str(target))
+        return retype_value(super().get_attr(target, args, kwargs) if value is None else value, self._dtype)
+
+
+def _retype_calls(twin: Program, dtype: torch.dtype) -> None:
     for node in list(twin.graph.nodes):
         if node.op == "call_function":
             node.args, node.kwargs = retyped_arguments(node, dtype)
             if _makes_default_type(node):
                 _widen(node, dtype)
     twin.graph_module.recompile()
-    args, kwargs = program.example_inputs
-    twin.example_inputs = retype_tree((args, kwargs), dtype)
-    return twin
 
 
 def retype_value(value: Any, dtype: torch.dtype) -> Any:

@@ -95,6 +95,7 @@ class Program:
         example_inputs: `(args, kwargs)` in the form of the signature.
         aliases: tied names, `other name -> name in the graph`.
         range_constraints: bounds of the symbolic dimensions, as torch.export states them.
+        dimension_names: the user's names of symbolic dimensions, `symbol -> name` (`s58 -> batch`).
         notes: sentences about choices made on the way, shown in the report.
     """
 
@@ -104,6 +105,7 @@ class Program:
     aliases: dict[str, str] = field(default_factory=dict)
     range_constraints: dict[Any, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dimension_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -163,11 +165,13 @@ class Program:
     def _check_constants(self, flat: list[Any]) -> None:
         for name, node, given in zip(self.signature.inputs, self.placeholders, flat, strict=True):
             captured = node.meta.get("val")
-            if not isinstance(captured, bool | int | float | str) or isinstance(given, Tensor):
+            absent = captured is None and "val" in node.meta
+            if not absent and (not isinstance(captured, bool | int | float | str) or isinstance(given, Tensor)):
                 continue
             if type(given) is not type(captured) or (given != captured and captured == captured):
+                shown = "a tensor" if isinstance(given, Tensor) else repr(given)
                 raise GraphoptError(
-                    f"input {name} was captured as {captured!r} and is fixed, so it cannot be {given!r}; "
+                    f"input {name} was captured as {captured!r} and is fixed, so it cannot be {shown}; "
                     "capture the model again with the value you need"
                 )
 
@@ -197,6 +201,7 @@ class Program:
             dict(self.aliases),
             dict(self.range_constraints),
             list(self.notes),
+            dict(self.dimension_names),
         )
 
     def save(self, path: str | Path, trust: bool = False) -> None:

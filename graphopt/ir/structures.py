@@ -103,8 +103,8 @@ def unknown_class(path: str) -> GraphoptError:
     """The error for a class that an archive names and this process does not know."""
     module, _, name = path.rpartition(":" if ":" in path else ".")
     return GraphoptError(
-        f"the model's inputs or outputs hold a {name}, which is not known here; import {module or 'its module'} first, or "
-        "pass trust=True to let graphopt import it"
+        f"the model's inputs or outputs hold a {name}, which is not known here; import {module or 'its module'} first, "
+        "or pass trust=True to let graphopt import it"
     )
 
 

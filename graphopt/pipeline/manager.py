@@ -2,118 +2,201 @@
 
 from __future__ import annotations
 
+import fnmatch
+import inspect
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.analysis.cost import macs, parameter_bytes, parameters, weight_bits
+from graphopt.errors import GraphoptError
 from graphopt.ir.printing import node_text, program_text
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
 from graphopt.ir.verify import verify
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.passes import LossyPass, Pass, site_names
 from graphopt.pipeline.registry import make_pass
 from graphopt.pipeline.trace import PassRecord, Trace
-from graphopt.pipeline.validation import ValidationError, Validator, sqnr_db
+from graphopt.pipeline.validation import ValidationError, Validator, run_seeded, sqnr_db
 
 
-def run_passes(program: Program, passes: Sequence[Pass], context: Context, trace: Trace | None = None) -> tuple[Program, Trace]:
+class PassError(RuntimeError):
+    """A pass failed: a defect of the pass, not a mistake of the user."""
+
+
+def run_passes(
+    program: Program, passes: Sequence[Pass], context: Context, trace: Trace | None = None
+) -> tuple[Program, Trace]:
     """Run `passes` over `program` and return the new program with its trace; `program` itself is not changed.
 
-    An exact pass whose float64 check fails is rejected: its changes are dropped, the record says so, and the run goes on
-    (with `context.strict` it raises ValidationError).
+    An exact pass that changes the function, breaks the IR or fails is rejected: the model is right without it, so its
+    changes are dropped, the record says why and the run goes on (with `context.strict` the error is raised).
+
+    Raises:
+        GraphoptError: a mistake of the user that a pass found.
+        PassError: a lossy pass failed, or a pass wrote into a weight in place, which cannot be undone.
     """
-    trace = trace if trace is not None else Trace()
-    original = program
-    if not trace.records:
-        trace.records.append(_capture_record(program))
-    validator: Validator | None = None
-    reference: list[list[object]] | None = None
+    run = _Run(program, context, trace if trace is not None else Trace())
+    if not run.trace.records:
+        run.trace.records.append(_capture_record(program))
     schedule = with_requirements(passes)
     with context.progress.stage("passes", len(schedule)) as stage:
         for each, inserted in schedule:
-            record = PassRecord(len(trace), each.name, trace.key_for(each.name), "", trace.records[-1].text)
-            record.options, record.exact, record.inserted = each.options, each.exact, inserted
-            candidate, started = program.clone(), time.perf_counter()
-            with torch.no_grad():
-                changes = each.run(candidate, context)
-            record.seconds = time.perf_counter() - started
-            started = time.perf_counter()
-            if changes.changed:
-                verify(candidate, reference=program)
-                if each.exact:
-                    validator = validator or _validator(program, context, original)
-                    candidate = _validate(each, validator, program, candidate, changes, record, context)
-                else:
-                    validator = None  # the reference of a later exact pass is the program after this one
-                    reference = reference if reference is not None else _outputs(original, original)
-                    record.sqnr_db = min(
-                        (sqnr_db(new, old) for new, old in zip(_outputs(candidate, original), reference, strict=True))
-                    )
-            record.validation_seconds = time.perf_counter() - started
-            _describe(record, program, candidate, changes)
-            trace.records.append(record)
-            program = candidate
+            program = run.step(each, inserted, program)
             stage.advance()
-    return program, trace
+    return program, run.trace
 
 
 def with_requirements(passes: Sequence[Pass]) -> list[tuple[Pass, str]]:
-    """Return the passes with missing required ones inserted, each with the name of who required it (or empty)."""
+    """Return the passes with missing required ones inserted, each with the name of who required it (or empty).
+
+    Raises GraphoptError where passes require each other.
+    """
     schedule: list[tuple[Pass, str]] = []
     ran: set[str] = set()
 
-    def add(each: Pass, inserted: str) -> None:
+    def add(each: Pass, inserted: str, waiting: tuple[str, ...]) -> None:
+        if each.name in waiting:
+            raise GraphoptError(f"passes require each other: {' -> '.join((*waiting, each.name))}")
         for required in each.requires:
             if required not in ran:
-                add(make_pass(required), each.name)
+                add(make_pass(required), each.name, (*waiting, each.name))
         schedule.append((each, inserted))
         ran.add(each.name)
 
     for each in passes:
-        add(each, "")
+        add(each, "", ())
     return schedule
 
 
-def _validator(program: Program, context: Context, original: Program) -> Validator:
-    validator = Validator(program, context.seed)
-    if validator.note and validator.note not in original.notes:
-        original.notes.append(validator.note)
-    return validator
+@dataclass
+class _Run:
+    """What lives as long as a run: the captured program, its outputs, and the validator of a stretch of exact passes."""
 
+    original: Program
+    context: Context
+    trace: Trace
+    validator: Validator | None = None
+    reference: list[object] | None = None
+    names: set[str] = field(default_factory=set)
 
-def _validate(
-    each: Pass,
-    validator: Validator,
-    program: Program,
-    candidate: Program,
-    changes: Changes,
-    record: PassRecord,
-    context: Context,
-) -> Program:
-    record.error, record.rounding_error = validator.check(candidate, changes.unrounded)
-    if record.error <= each.tolerance:
-        validator.accept()
+    def step(self, each: Pass, inserted: str, program: Program) -> Program:
+        """Run one pass on a clone, check it, record it, and return the program to go on with."""
+        record = PassRecord(len(self.trace), each.name, self.trace.key_for(each.name), "", self.trace.records[-1].text)
+        record.options, record.exact, record.inserted = each.options, each.exact, inserted
+        self._note_unmatched(each, program)
+        candidate, changes, versions = program.clone(), Changes(), _versions(program)
+        try:
+            changes = self._transform(each, candidate, record)
+            _check_untouched(each, program, versions)
+            # The text tells what a pass did even where its own record is silent about it.
+            if changes.changed or program_text(candidate) != record.before:
+                started = time.perf_counter()
+                verify(candidate, reference=program)
+                record.rejected = self._check(each, program, candidate, changes, record)
+                record.validation_seconds = time.perf_counter() - started
+        except (GraphoptError, PassError, ValidationError, MemoryError):
+            raise
+        except Exception as error:
+            _check_untouched(each, program, versions)
+            reason = f"it failed with {type(error).__name__}: {_first_line(error)}{_place(each, error)}"
+            if self.context.strict:
+                raise
+            if not each.exact:
+                raise PassError(f"{each.name}: {reason}; leave it out, or leave out the place with skip") from error
+            record.rejected = f"{reason}; its changes were dropped"
+        if record.rejected:
+            candidate, changes = program, Changes(skipped=changes.skipped)
+        _describe(record, program, candidate, changes)
+        self.trace.records.append(record)
         return candidate
-    where = validator.first_difference(program, candidate, changes.unrounded, each.tolerance)
-    record.rejected = (
-        f"it changed the outputs by {record.error:.1e} relative, more than {each.tolerance:.0e}"
-        + (f", first at {where}" if where else "")
-        + "; its changes were dropped"
-    )
-    if context.strict:
-        raise ValidationError(f"{each.name}: {record.rejected}\n{program_text(candidate)}")
-    return program
+
+    def _transform(self, each: Pass, candidate: Program, record: PassRecord) -> Changes:
+        started = time.perf_counter()
+        # Seeded anew for every pass: what one draws does not depend on which ran before it.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.context.seed)
+            changes = each.run(candidate, self.context)
+        record.seconds = time.perf_counter() - started
+        return changes
+
+    def _check(self, each: Pass, program: Program, candidate: Program, changes: Changes, record: PassRecord) -> str:
+        """Fill in the record's errors; return why the candidate is not to be taken, or an empty string."""
+        if not each.exact:
+            self.validator = None  # the reference of a later exact pass is the program after this one
+            flat = self.original.flat_example
+            self.reference = self.reference or run_seeded(self.original, flat)
+            record.sqnr_db = sqnr_db(run_seeded(candidate, flat), self.reference)
+            return ""
+        if self.validator is None:
+            self.validator = Validator(program, self.context.seed)
+            self._note(self.validator.note)
+        record.error, record.rounding_error = self.validator.check(candidate, changes.unrounded)
+        tolerance = self.validator.allowed(each.tolerance)
+        if record.error <= tolerance:
+            self.validator.accept()
+            return ""
+        where = self.validator.first_difference(program, candidate, changes.unrounded, tolerance)
+        reason = (
+            f"it changed the outputs by {record.error:.1e} relative, more than {tolerance:.0e}"
+            + (f", first at {where}" if where else "")
+            + "; its changes were dropped"
+        )
+        if self.context.strict:
+            raise ValidationError(f"{each.name}: {reason}\n{program_text(candidate)}")
+        return reason
+
+    def _note_unmatched(self, each: Pass, program: Program) -> None:
+        """Say which globs mean nothing, in the program as it is and as it was captured: they may be misspelt."""
+        if not isinstance(each, LossyPass) or not (each.only or each.skip):
+            return
+        self.names = self.names or _all_names(self.original)
+        names = self.names | _all_names(program)
+        for option in ("only", "skip"):
+            for glob in getattr(each, option):
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                    self._note(f"{option}={glob!r} matches no node, weight or module")
+
+    def _note(self, sentence: str) -> None:
+        if sentence and sentence not in self.trace.notes:
+            self.trace.notes.append(sentence)
 
 
-def _outputs(program: Program, example: Program) -> list[list[object]]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return [program.run(example.flat_example)]
+def _all_names(program: Program) -> set[str]:
+    return {name for node in program.nodes if node.op == "call_function" for name in site_names(program, node)}
+
+
+def _versions(program: Program) -> dict[str, int | None]:
+    """Count the writes into each weight, which programs share; tensors made in inference mode keep no count."""
+    return {
+        name: None if weight.is_inference() else weight._version for name, weight in program.weights.items()
+    }
+
+
+def _check_untouched(each: Pass, program: Program, before: dict[str, int | None]) -> None:
+    for name, version in _versions(program).items():
+        if version != before[name]:
+            raise PassError(f"{each.name} wrote into the weight {name} in place; weights are replaced, never overwritten")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _place(each: Pass, error: Exception) -> str:
+    """Return the line of the pass's own file that the error came through."""
+    try:
+        home = inspect.getfile(type(each))
+    except (OSError, TypeError):
+        return ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == home]
+    return f" (line {frames[-1].lineno} of {type(each).__module__})" if frames else ""
 
 
 def _capture_record(program: Program) -> PassRecord:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import fx
 
 from graphopt.errors import GraphoptError, nearest
@@ -27,7 +27,7 @@ class Pass:
     """Base of every pass; subclasses are frozen dataclasses and inherit their name from the class name.
 
     Class attributes:
-        name: `FoldBatchNorm` is called `fold_batch_norm`.
+        name: `FoldBatchNorm` is called `fold_batch_norm`, unless the class says otherwise.
         exact: whether the function stays the same over the reals; exact passes are validated every time.
         tolerance: largest relative output change that an exact pass may show in float64.
         rules: the rewrites; a pass with rules need not define `run`.
@@ -44,18 +44,24 @@ class Pass:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     def __post_init__(self) -> None:
         """Check every option against its type; GraphoptError names the pass, the option and what is allowed."""
         for field, adapter in _adapters(type(self)).items():
+            given = getattr(self, field)
             try:
-                value = adapter.validate_python(getattr(self, field))
+                value = adapter.validate_python(given)
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
-                given = getattr(self, field)
-                raise GraphoptError(f"{self.name}.{field} cannot be {given!r}: {reason[:1].lower()}{reason[1:]}") from None
+                raise self._refused(field, given, reason[:1].lower() + reason[1:]) from None
+            if _has_bool(given) and not _has_bool(value):  # pydantic and YAML would have `yes` be 1
+                raise self._refused(field, given, "a truth value is no number")
             object.__setattr__(self, field, value)
+
+    def _refused(self, field: str, given: Any, reason: str) -> GraphoptError:
+        return GraphoptError(f"{self.name}.{field} cannot be {given!r}: {reason}")
 
     def run(self, program: Program, context: Context) -> Changes:
         """Rewrite `program` in place through a Rewriter and return the record; the default applies `rules`."""
@@ -95,6 +101,8 @@ class LossyPass(Pass):
     skip: tuple[str, ...] = ()
 
     def refusal(self, program: Program, node: fx.Node) -> str:
+        if not self.only and not self.skip:
+            return ""
         names = site_names(program, node)
         if self.only and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.only):
             return f"not among only={list(self.only)}"
@@ -105,23 +113,61 @@ class LossyPass(Pass):
 
 
 def site_names(program: Program, node: fx.Node) -> list[str]:
-    """Return every name a glob may mean by this node: the node, its module path with parents, its weights."""
+    """Return every name a glob may mean by this node: the node, its module path with parents, its weights.
+
+    A weight that reaches the node through operators on weights alone (a transpose, a dequantize) is one of its weights.
+    """
     names = [node.name]
     path = module_path(node)
     while path:
         names.append(path)
         path = path.rpartition(".")[0]
-    for source in node.all_input_nodes:
-        if source.op == "get_attr":
-            names.append(str(source.target))
-            names += [alias for alias, target in program.aliases.items() if target == source.target]
+    weights = dict.fromkeys(name for source in node.all_input_nodes for name in _weights_behind(source) or ())
+    for weight in weights:
+        names.append(weight)
+        names += [alias for alias, target in program.aliases.items() if target == weight]
     return names
+
+
+def _weights_behind(node: fx.Node) -> list[str] | None:
+    """Return the weights that a value is computed from, None where it is computed from anything else."""
+    found: dict[str, None] = {}
+    seen, stack = {node}, [node]
+    while stack:
+        each = stack.pop()
+        if each.op == "get_attr":
+            found[str(each.target)] = None
+        elif each.op != "call_function" or not each.all_input_nodes:
+            return None
+        for source in reversed(each.all_input_nodes):
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return list(found)
 
 
 @functools.cache
 def _adapters(cls: type[Pass]) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls)
-    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+    # include_extras: `Annotated[float, Field(gt=0)]` keeps its bounds. NaN and infinity have no literal to be written as.
+    hints = get_type_hints(cls, include_extras=True)
+    config = ConfigDict(allow_inf_nan=False)
+    return {
+        field.name: TypeAdapter(hints[field.name], config=None if _has_config(hints[field.name]) else config)
+        for field in dataclasses.fields(cls)
+    }
+
+
+def _has_config(hint: Any) -> bool:
+    """True for types that bring a configuration of their own, beside which pydantic takes none."""
+    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "__pydantic_config__"))
+
+
+def _has_bool(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_bool(each) for each in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(_has_bool(each) for each in value)
+    return isinstance(value, bool)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -129,7 +175,9 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
@@ -139,6 +187,9 @@ def build(cls: type[Pass], options: dict[str, Any]) -> Pass:
         if option not in known:
             choices = f"it has {', '.join(known)}" if known else "it has none"
             raise GraphoptError(f"{cls.name} has no option {option!r}{nearest(str(option), known)}; {choices}")
+    for field in dataclasses.fields(cls):
+        if field.name not in options and _default(field) is dataclasses.MISSING:
+            raise GraphoptError(f"{cls.name} needs the option {field.name!r}; give {cls.name}({field.name}=...)")
     return cls(**options)
 
 
@@ -149,7 +200,9 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         if isinstance(tree, ast.Name):
             return tree.id, {}
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
-            return tree.func.id, {str(each.arg): ast.literal_eval(each.value) for each in tree.keywords}
-    except (SyntaxError, ValueError):
+            options = {each.arg: ast.literal_eval(each.value) for each in tree.keywords if each.arg is not None}
+            if len(options) == len(tree.keywords):  # neither `**` nor an option twice
+                return tree.func.id, options
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         pass
     raise GraphoptError(f"{text!r} is no pass; write name or name(option=value, ...)")

@@ -53,15 +53,16 @@ class Recipe:
             if key not in _KEYS:
                 raise GraphoptError(f"{source} has an unknown key {key!r}{nearest(str(key), _KEYS)}; it takes {', '.join(_KEYS)}")
         entries = data.get("passes")
-        if not isinstance(entries, list) or not entries:
-            raise GraphoptError(f"{source} needs `passes`, a list with at least one pass")
+        if not isinstance(entries, list):
+            raise GraphoptError(f"{source} needs `passes`, a list of passes")
         passes: list[Pass] = []
         for position, entry in enumerate(entries, start=1):
             try:
                 passes += _entry(entry)
             except GraphoptError as error:
-                raise GraphoptError(f"{source}, entry {position}: {error}") from None
-        return Recipe(str(data.get("name") or "unnamed"), tuple(passes), str(data.get("description") or ""))
+                raise type(error)(f"{source}, entry {position}: {error}") from None
+        name, description = (data.get(key) for key in ("name", "description"))
+        return Recipe("unnamed" if name is None else str(name), tuple(passes), "" if description is None else str(description))
 
     def with_option(self, name: str, field: str, value: Any) -> Recipe:
         """Return the recipe with one option of every pass called `name` set."""
@@ -85,7 +86,7 @@ class Recipe:
 
 
 def _set(each: Pass, field: str, value: Any) -> Pass:
-    own = {each.name: getattr(each, each.name) for each in dataclasses.fields(each)}
+    own = {option.name: getattr(each, option.name) for option in dataclasses.fields(each)}
     return build(type(each), own | {field: value})
 
 
@@ -132,7 +133,8 @@ def read_yaml(text: str, source: str) -> Any:
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise GraphoptError(f"{source} is not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise GraphoptError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from None
+        reason = type(error).__name__ if isinstance(error, RecursionError) or not str(error) else str(error).splitlines()[0]
+        raise GraphoptError(f"{source} is not valid YAML: {reason}") from None
 
 
 def builtin_names() -> list[str]:
@@ -157,19 +159,22 @@ def as_recipe(recipe: str | Path | Recipe | Sequence[Pass]) -> Recipe:
     if isinstance(recipe, Path) or (isinstance(recipe, str) and (recipe.endswith((".yaml", ".yml")) or "/" in recipe)):
         path = Path(recipe)
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise GraphoptError(f"{path} is larger than {_MAX_BYTES >> 20} MB; a recipe is a short list of passes")
-            return Recipe.from_yaml(path.read_text(encoding="utf-8"), str(path))
+            with path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)  # read_yaml refuses what is longer
+            return Recipe.from_yaml(data.decode("utf-8"), str(path))
         except OSError as error:
             raise GraphoptError(f"cannot read the recipe {path}: {error.strerror or error}") from None
         except UnicodeDecodeError:
             raise GraphoptError(f"the recipe {path} is not UTF-8 text") from None
+        except ValueError as error:  # a NUL in the name
+            raise GraphoptError(f"cannot read the recipe {str(path)!r}: {error}") from None
     if isinstance(recipe, str):
         return builtin(recipe)
     if isinstance(recipe, Sequence):
         for each in recipe:
             if not isinstance(each, Pass):
                 hint = "; call it to construct it" if isinstance(each, type) else ""
+                hint = "; construct it, as in graphopt.passes.Canonicalize()" if isinstance(each, str) else hint
                 raise GraphoptError(f"a recipe given as a list holds passes, not {each!r}{hint}")
         return Recipe("custom", tuple(recipe))
     raise GraphoptError(f"recipe must be a name, a YAML file, a Recipe or a list of passes, not {type(recipe).__name__}")

@@ -13,55 +13,82 @@ from typing import Any
 
 from graphopt.errors import GraphoptError, nearest
 from graphopt.pipeline.passes import Pass, build, parse
+from graphopt.target import Target
 
 PASSES = "graphopt.passes"
 BACKENDS = "graphopt.backends"
 
 
+class UnknownPass(GraphoptError):
+    """There is no pass of that name in this installation."""
+
+
 def _classes(entry: EntryPoint) -> list[Any]:
+    what = f"the entry point {entry.name!r} ({entry.value})"
     try:
         loaded = entry.load()
-    except ImportError as error:
-        raise GraphoptError(f"the entry point {entry.name!r} ({entry.value}) cannot be imported: {error}") from error
-    if isinstance(loaded, types.ModuleType):
+        if not isinstance(loaded, types.ModuleType):
+            return [loaded]
+        if not hasattr(loaded, "__all__"):
+            raise GraphoptError(f"{what} names a module without __all__; list its classes there")
         return [getattr(loaded, name) for name in loaded.__all__]
-    return [loaded]
+    except GraphoptError:
+        raise
+    except Exception as error:  # whatever a third party's module raises when it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise GraphoptError(f"{what} cannot be imported ({reason}); repair or uninstall its package") from error
 
 
-def _entries(group: str) -> list[Any]:
-    found = [each for entry in entry_points(group=group) for each in _classes(entry)]
-    if not found:
+def _entries(group: str) -> dict[str, Any]:
+    entries = list(entry_points(group=group))
+    if not entries:
         raise GraphoptError(f"no entry point of the group {group} is installed; install graphopt with pip (pip install -e .)")
-    for each in found:
-        check_home(each, {entry.module.partition(".")[0] for entry in entry_points(group=group)})
+    packages = {entry.module.partition(".")[0] for entry in entries}
+    found: dict[str, Any] = {}
+    for each in (cls for entry in entries for cls in _classes(entry)):
+        check_home(each, packages)
+        if group == PASSES and not (isinstance(each, type) and issubclass(each, Pass) and _is_own_dataclass(each)):
+            raise GraphoptError(f"{each.__name__} of {each.__module__} is no pass; derive a frozen dataclass from graphopt.Pass")
+        known = found.setdefault(each.name, each)
+        if known is not each:
+            raise GraphoptError(
+                f"{known.__module__} and {each.__module__} both register {each.name!r}; uninstall one of the two"
+            )
     return found
+
+
+def _is_own_dataclass(cls: type) -> bool:
+    """True where the class itself is a frozen dataclass: without the decorator its annotations are no options."""
+    parameters = vars(cls).get("__dataclass_params__")
+    return parameters is not None and parameters.frozen
 
 
 def check_home(cls: Any, packages: set[str]) -> None:
     """Refuse a class whose module is neither under `graphopt.` nor in a package that an entry point names."""
-    root = cls.__module__.partition(".")[0]
+    home = getattr(cls, "__module__", None) or "?"
+    root = home.partition(".")[0]
     if root != "graphopt" and root not in packages:
-        raise GraphoptError(f"{cls.__name__} comes from {cls.__module__!r}; passes and backends come from entry points")
+        name = getattr(cls, "__name__", repr(cls))
+        raise GraphoptError(f"{name} comes from {home!r}; passes and backends come from entry points")
 
 
 @functools.cache
 def pass_classes() -> dict[str, type[Pass]]:
     """Every registered pass by name."""
-    classes = {cls.name: cls for cls in _entries(PASSES)}
-    return dict(sorted(classes.items()))
+    return dict(sorted(_entries(PASSES).items()))
 
 
 @functools.cache
 def backend_classes() -> dict[str, Any]:
     """Every registered backend by name."""
-    return {cls.name: cls for cls in _entries(BACKENDS)}
+    return _entries(BACKENDS)
 
 
 def pass_class(name: str) -> type[Pass]:
-    """Return the pass class called `name`; GraphoptError suggests the nearest."""
+    """Return the pass class called `name`; UnknownPass, a GraphoptError, suggests the nearest."""
     known = pass_classes()
     if name not in known:
-        raise GraphoptError(f"there is no pass called {name!r}{nearest(name, known)}; `graphopt passes` lists them")
+        raise UnknownPass(f"there is no pass called {name!r}{nearest(name, known)}; `graphopt passes` lists them")
     return known[name]
 
 
@@ -76,16 +103,21 @@ def parse_pass(text: str) -> Pass:
 
 
 def backend(name: str) -> Any:
-    """Return an instance of the backend called `name`."""
+    """Return an instance of the backend called `name`; GraphoptError suggests the nearest."""
     known = backend_classes()
     if name not in known:
         raise GraphoptError(f"there is no backend called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]()
 
 
-def target(name: str) -> Any:
-    """Return the target profile called `name`, whichever backend offers it."""
-    known = {each.name: each for cls in backend_classes().values() for each in cls.targets}
+def targets() -> dict[str, Target]:
+    """Every target profile by name, whichever backend offers it."""
+    return {each.name: each for cls in backend_classes().values() for each in cls.targets}
+
+
+def target(name: str) -> Target:
+    """Return the target profile called `name`; GraphoptError suggests the nearest."""
+    known = targets()
     if name not in known:
         raise GraphoptError(f"there is no target called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]

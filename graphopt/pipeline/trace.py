@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from graphopt.errors import GraphoptError, nearest
 from graphopt.files import write_text
@@ -94,19 +96,27 @@ class PassRecord:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: write it as text."""
+    """Return plain data that JSON can write: infinities as text, since it has none, and what is no plain data as text."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
         return {str(key): _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 class Trace:
-    """The records of a run, by position or by pass name (`name#2` for a second time)."""
+    """The records of a run, by position or by pass name (`name#2` for a second time).
+
+    `notes` are sentences for the user that belong to no single pass; the report of a run keeps them.
+    """
 
     def __init__(self, records: list[PassRecord] | None = None) -> None:
         self.records = records or []
+        self.notes: list[str] = []
 
     def __getitem__(self, key: int | str) -> PassRecord:
         if isinstance(key, int):
@@ -128,27 +138,45 @@ class Trace:
         return name if count == 0 else f"{name}#{count + 1}"
 
     def save(self, folder: Path) -> None:
-        """Write every record as text and JSON."""
+        """Write every record as text and JSON; records of an older trace in the folder go."""
         folder.mkdir(parents=True, exist_ok=True)
         for record in self.records:
             stem = folder / record.stem
             write_text(stem.with_suffix(".txt"), record.text)
             write_text(stem.with_suffix(".json"), json.dumps(record.to_dict(), indent=1) + "\n")
+        stems = {record.stem for record in self.records}
+        for path in _record_files(folder):
+            if path.stem not in stems:
+                path.unlink()
+                path.with_suffix(".txt").unlink(missing_ok=True)
 
     @staticmethod
     def load(folder: Path) -> Trace:
-        """Read what `save` wrote; GraphoptError where a record is damaged."""
+        """Read what `save` wrote; GraphoptError where a record is damaged or missing."""
         known = {field.name for field in dataclasses.fields(PassRecord)} - {"text", "before"}
         reader = TypeAdapter(PassRecord)
         records: list[PassRecord] = []
-        for path in sorted(folder.glob("*.json")):
+        for path in _record_files(folder):
             try:
                 data = json.loads(path.read_text(encoding="utf-8"))
                 text = path.with_suffix(".txt").read_text(encoding="utf-8")
                 data = {key: value for key, value in data.items() if key in known}
                 data |= {"text": text, "before": records[-1].text if records else text}
-                records.append(reader.validate_python(data))
+                record = reader.validate_python(data)
+                if (record.index, record.stem) != (len(records), path.stem):
+                    raise ValueError(f"record {len(records)} should come next")
             except (OSError, ValueError, AttributeError, RecursionError) as error:
-                reason = str(error).splitlines()[0]
-                raise GraphoptError(f"the trace file {path} is damaged ({reason}); run the optimization again") from None
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise GraphoptError(
+                    f"the trace file {path} is damaged ({reason}); run the optimization again"
+                ) from None
+            records.append(record)
+        if not records:
+            raise GraphoptError(f"the trace {folder} is damaged (it holds no records); run the optimization again")
         return Trace(records)
+
+
+def _record_files(folder: Path) -> list[Path]:
+    """Return the JSON files of records in order; other files are not looked at."""
+    found = [path for path in folder.glob("*.json") if re.match(r"\d{3,}_", path.name)]
+    return sorted(found, key=lambda path: (int(path.name.partition("_")[0]), path.name))

@@ -1,22 +1,24 @@
 """Translation validation: does a program mean what it meant before?
 
 Exact passes are checked under real semantics: both programs retyped to float64 (`graphopt.ir.precision`), new weights
-unrounded. Compared is, per output, max|new - old| / max|old|, on the example inputs and on resampled ones: floats redrawn
-with the example's mean and spread, integers drawn from the example's values, symbolic dimensions at a second size.
-Rounding the weights to their dtype afterwards is measured as an error of its own.
+unrounded. Compared is, per output, max|new - old| / max|old|, on the example inputs and on resampled ones: floats
+redrawn with the example's mean and spread, integers drawn from the example's values, symbolic dimensions at a second
+size. Rounding the weights to their dtype afterwards is measured as an error of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.cost import size_hint
 from graphopt.ir.precision import retype, retype_value
 from graphopt.ir.program import Program
+
+_FEW = 4  # floating inputs of so few values are masks or flags, and are redrawn from these values
 
 
 class ValidationError(AssertionError):
@@ -24,26 +26,37 @@ class ValidationError(AssertionError):
 
 
 def relative_error(new: Sequence[Any], old: Sequence[Any]) -> float:
-    """Return the largest max|new - old| / max|old| over the outputs; NaN and infinity must stand in the same places."""
-    worst = 0.0
-    for after, before in zip(new, old, strict=True):
-        if not isinstance(before, Tensor):
-            continue
-        if after.shape != before.shape:
-            return float("inf")
-        worst = max(worst, _tensor_error(after, before))
-    return worst
+    """Return the largest max|new - old| / max|old| over the outputs, or max|new - old| where the old output is zero.
+
+    NaN and infinity must stand in the same places, and outputs that are no tensors must be equal: else infinite.
+    """
+    return max((_error(after, before) for after, before in zip(new, old, strict=True)), default=0.0)
+
+
+def _error(after: Any, before: Any) -> float:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        odd = before != before and after != after  # NaN on both sides
+        return 0.0 if odd or (type(after) is type(before) and after == before) else math.inf
+    if after.shape != before.shape:
+        return math.inf
+    return _tensor_error(after, before) if before.numel() else 0.0
 
 
 def _tensor_error(after: Tensor, before: Tensor) -> float:
-    if before.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if before.is_complex() else torch.float64
-    a, b = after.to(wide), before.to(wide)
+    if not any(each.is_floating_point() or each.is_complex() for each in (after, before)):
+        if torch.equal(after.to(torch.int64), before.to(torch.int64)):
+            return 0.0
+        # Integers beyond 2^53 may be one and the same in float64.
+        return max(_wide_error(after.to(torch.float64), before.to(torch.float64)), 1e-6)
+    wide = torch.complex128 if before.is_complex() or after.is_complex() else torch.float64
+    return _wide_error(after.to(wide), before.to(wide))
+
+
+def _wide_error(a: Tensor, b: Tensor) -> float:
     lawful = torch.isfinite(b)
     same_odd = torch.where(lawful, torch.isfinite(a), (a == b) | (torch.isnan(a) & torch.isnan(b)))
     if not bool(same_odd.all()):
-        return float("inf")
+        return math.inf
     if not bool(lawful.any()):
         return 0.0
     difference = (a - b)[lawful].abs().max().item()
@@ -52,8 +65,11 @@ def _tensor_error(after: Tensor, before: Tensor) -> float:
 
 
 def sqnr_db(new: Sequence[Any], old: Sequence[Any]) -> float:
-    """Return the smallest 10 log10(sum old^2 / sum (new - old)^2) over floating outputs; infinite where all are equal."""
-    worst = float("inf")
+    """Return the smallest 10 log10(sum old^2 / sum (new - old)^2) over floating outputs.
+
+    Infinite where all are equal, minus infinity where an output is lost (NaN, or noise without a signal).
+    """
+    worst = math.inf
     for after, before in zip(new, old, strict=True):
         if not isinstance(before, Tensor) or not before.is_floating_point() or before.numel() == 0:
             continue
@@ -61,97 +77,146 @@ def sqnr_db(new: Sequence[Any], old: Sequence[Any]) -> float:
         b = torch.where(lawful, before, 0).to(torch.float64)
         noise = torch.where(lawful, after.to(torch.float64) - b, 0).square().sum().item()
         signal = b.square().sum().item()
-        if noise != noise:
-            return float("-inf")
+        if not math.isfinite(noise) or (noise > 0 and signal == 0):
+            return -math.inf
         if noise > 0:
-            ratio = torch.tensor(signal / noise, dtype=torch.float64)
-            worst = min(worst, float(10 * ratio.log10()) if signal > 0 else float("-inf"))
+            worst = min(worst, 10 * (math.log10(signal) - math.log10(noise)))
     return worst
 
 
-def resample(program: Program, seed: int) -> list[Any]:
-    """Return flat inputs like the example's with other values, symbolic dimensions one larger where they may be."""
+def run_seeded(program: Program, flat: list[Any]) -> list[Any]:
+    """Run without gradients and with a fixed seed, so that random operators draw the same twice."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return program.run(flat)
+
+
+def resample(program: Program, seed: int, resize: bool = True) -> list[Any]:
+    """Return flat inputs like the example's with other values, symbolic dimensions at another size where they may be."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = _second_sizes(program)
+    sizes = _second_sizes(program) if resize else {}
     flat = []
     for node, value in zip(program.placeholders, program.flat_example, strict=True):
         known = node.meta.get("val")
         if not isinstance(value, Tensor) or not isinstance(known, Tensor):
             flat.append(value)
             continue
-        shape = [_resize(size, sizes) for size in known.shape]
+        shape = [_resize(size, actual, sizes) for size, actual in zip(known.shape, value.shape, strict=True)]
         flat.append(_redraw(value, shape, generator))
     return flat
 
 
 def _redraw(value: Tensor, shape: list[int], generator: torch.Generator) -> Tensor:
-    if value.is_floating_point():
-        wide = value.to(torch.float64)
-        spread = wide.std().item() if value.numel() > 1 else 0.0
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return (drawn * (spread or 1.0) + wide.mean()).to(value.dtype)
-    if value.is_complex() or value.numel() == 0:
-        return value
-    count = 1
-    for size in shape:
-        count *= size
-    index = torch.randint(value.numel(), (count,), generator=generator)
-    return value.reshape(-1)[index].reshape(shape)
+    if value.numel() == 0:
+        return value.new_zeros(shape)
+    if value.is_complex():
+        return torch.randn(shape, generator=generator, dtype=torch.complex128).to(value.dtype)
+    if not value.is_floating_point() or 1 < value.unique().numel() <= _FEW < value.numel():
+        index = torch.randint(value.numel(), (math.prod(shape),), generator=generator)
+        return value.reshape(-1)[index].reshape(shape)
+    wide = value.to(torch.float64)
+    spread = wide.std().item() if value.numel() > 1 else 0.0
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * (spread or 1.0) + wide.mean()
+    if bool((wide >= 0).all()):
+        drawn = drawn.abs()  # square roots and logarithms of a model that eats no negative numbers stay defined
+    largest = torch.finfo(value.dtype).max
+    return drawn.clamp(-largest, largest).to(value.dtype)
 
 
 def _second_sizes(program: Program) -> dict[Any, int]:
-    """Choose for every free symbol its example size plus one, where its bounds allow that."""
-    sizes: dict[Any, int] = {}
-    for node in program.placeholders:
+    """Choose for every free symbol its example size plus one, or minus one where its bounds allow only that."""
+    hints: dict[Any, int] = {}
+    for node, value in zip(program.placeholders, program.flat_example, strict=True):
         known = node.meta.get("val")
-        for size in known.shape if isinstance(known, Tensor) else ():
+        if not isinstance(known, Tensor) or not isinstance(value, Tensor):
+            continue
+        for size, actual in zip(_sizes(known), value.shape, strict=True):
             if not isinstance(size, torch.SymInt):
                 continue
-            for symbol in size.node.expr.free_symbols:
-                hint = _symbol_hint(size, symbol)
-                bounds = program.range_constraints.get(symbol)
-                largest = getattr(bounds, "upper", None)
-                fits = bounds is None or largest is None or bool(hint + 1 <= largest)
-                sizes[symbol] = hint + 1 if fits else hint
-    return sizes
+            expression = size.node.expr
+            for symbol in expression.free_symbols:
+                # A bare symbol is the example's size itself; in `2*s` the tracer knows what s was.
+                hint = actual if expression == symbol else _traced_size(size, symbol)
+                if hint is not None:
+                    hints.setdefault(symbol, int(hint))
+    return {symbol: _other_size(hint, program.range_constraints.get(symbol)) for symbol, hint in hints.items()}
 
 
-def _symbol_hint(size: torch.SymInt, symbol: Any) -> int:
-    shape_env = size.node.shape_env
-    known = (getattr(shape_env, "backed_var_to_val", None) or getattr(shape_env, "var_to_val", {})).get(symbol)
-    return int(known) if known is not None else size_hint(size)
+def _sizes(known: Tensor) -> list[object]:
+    return list(known.shape)
 
 
-def _resize(size: int | torch.SymInt, sizes: Mapping[Any, int]) -> int:
-    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else int(size)
+def _traced_size(size: torch.SymInt, symbol: Any) -> int | None:
+    environment = size.node.shape_env
+    for table in ("backed_var_to_val", "var_to_val"):
+        if (known := (getattr(environment, table, None) or {}).get(symbol)) is not None:
+            return int(known)
+    return None
+
+
+def _other_size(hint: int, bounds: Any) -> int:
+    lower, upper = getattr(bounds, "lower", 1), getattr(bounds, "upper", math.inf)
+    for other in (hint + 1, hint - 1):
+        if other > 0 and bool(lower <= other) and bool(other <= upper):
+            return other
+    return hint
+
+
+def _resize(size: object, actual: int, sizes: Mapping[Any, int]) -> int:
+    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols <= sizes.keys():
+        return int(actual)
+    return int(size.node.expr.subs(sizes))
 
 
 class Validator:
     """Holds the reference outputs of a pipeline in float64 and checks each exact pass against them.
 
-    Outputs after one pass are the reference of the next, so a program is run once or twice a changing pass, never again.
+    Outputs after one pass are the reference of the next, so a program is run once or twice a changing pass and input.
+    A program that does not run in float64 is checked in its own types, to what their rounding allows; one that does not
+    run on resampled inputs on the example only. `note` says so.
     """
 
     def __init__(self, program: Program, seed: int) -> None:
-        self._inputs = [program.flat_example]
-        other = resample(program, seed)
-        self._reference = [self._run(program, flat) for flat in self._inputs]
+        self.note = ""
+        self._real = True
+        example = program.flat_example
+        twin = self._twin(program)
         try:
-            self._reference.append(self._run(program, other))
+            self._reference = [self._run(twin, example)]
+        except Exception as error:  # an operator without a float64 kernel
+            self._real = False
+            twin = program
+            self._reference = [self._run(twin, example)]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.note = f"the model does not run in float64 ({reason}); exact passes were checked in its own types"
+        self._inputs = [example]
+        self._pending = self._reference
+        self._rounding = 0.0 if self._real else _rounding(program)
+        for other in _others(program, seed):
+            try:
+                self._reference.append(self._run(twin, other))
+            except Exception:  # the model asserts things about its inputs that resampling cannot know
+                continue
             self._inputs.append(other)
-        except Exception:  # the model asserts things about its inputs that resampling cannot know
-            self.note = "the model does not run on resampled inputs; exact passes were checked on the example inputs only"
+            break
         else:
-            self.note = ""
+            blind = "the model does not run on resampled inputs; exact passes were checked on the example inputs only"
+            self.note = f"{self.note}; {blind}" if self.note else blind
+
+    def allowed(self, tolerance: float) -> float:
+        """Return the error that is allowed to a pass that claims `tolerance` in float64."""
+        return max(tolerance, self._rounding)
 
     def check(self, program: Program, unrounded: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Return (error of the algebra, error of rounding the new weights); the reference moves on to `program`."""
-        algebra = [self._run(program, flat, unrounded) for flat in self._inputs]
+        """Return (error of the algebra, error of rounding the new weights); `accept` makes `program` the reference."""
+        twin = self._twin(program, unrounded)
+        algebra = [self._run(twin, flat) for flat in self._inputs]
         error = max(relative_error(new, old) for new, old in zip(algebra, self._reference, strict=True))
         self._pending = algebra
         rounding = 0.0
-        if any(not _same_value(unrounded[name], program.weight(name)) for name in unrounded):
-            self._pending = [self._run(program, flat) for flat in self._inputs]
+        if self._real and any(not _same_value(unrounded[name], program.weight(name)) for name in unrounded):
+            twin = self._twin(program)
+            self._pending = [self._run(twin, flat) for flat in self._inputs]
             rounding = max(relative_error(new, old) for new, old in zip(self._pending, algebra, strict=True))
         return error, rounding
 
@@ -159,28 +224,44 @@ class Validator:
         """Make the outputs of the last check the reference."""
         self._reference = self._pending
 
-    def rebase(self, program: Program) -> None:
-        """Take `program` as the reference, after a lossy pass."""
-        self._reference = [self._run(program, flat) for flat in self._inputs]
-
-    def first_difference(self, old: Program, new: Program, unrounded: Mapping[str, Tensor], tolerance: float) -> str:
-        """Return the first node, by name in both programs, whose value differs; empty where none does."""
-        before, after = _Recorder(retype(old, torch.float64)), _Recorder(retype(new, torch.float64, unrounded))
-        flat = [retype_value(value, torch.float64) for value in self._inputs[0]]
-        with torch.no_grad():
-            before.run(*flat)
-            after.run(*flat)
-        for name, value in after.values.items():
-            if name in before.values and relative_error([value], [before.values[name]]) > tolerance:
-                return name
+    def first_difference(
+        self, old: Program, new: Program, unrounded: Mapping[str, Tensor], tolerance: float
+    ) -> str:
+        """Return the first node, by name in both programs, whose value differs, else the first output that does."""
+        twins = self._twin(old), self._twin(new, unrounded)
+        for flat in self._inputs:
+            before, after = (_Recorder(twin) for twin in twins)
+            outputs = [each.record([self._typed(value) for value in flat]) for each in (before, after)]
+            for name, value in after.values.items():
+                if name in before.values and relative_error([value], [before.values[name]]) > tolerance:
+                    return name
+            for index, (was, now) in enumerate(zip(*outputs, strict=True)):
+                if not relative_error([now], [was]) <= tolerance:
+                    return f"output {index}"
         return ""
 
-    @staticmethod
-    def _run(program: Program, flat: list[Any], weights: Mapping[str, Tensor] | None = None) -> list[Any]:
-        twin = retype(program, torch.float64, weights)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return twin.run([retype_value(value, torch.float64) for value in flat])
+    def _twin(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> Program:
+        return retype(program, torch.float64, weights) if self._real else program
+
+    def _typed(self, value: Any) -> Any:
+        return retype_value(value, torch.float64) if self._real else value
+
+    def _run(self, twin: Program, flat: list[Any]) -> list[Any]:
+        return run_seeded(twin, [self._typed(value) for value in flat])
+
+
+def _others(program: Program, seed: int) -> Iterator[list[Any]]:
+    """Yield resampled inputs: at another size first, then at the example's."""
+    yield resample(program, seed)
+    if _second_sizes(program):
+        yield resample(program, seed, resize=False)
+
+
+def _rounding(program: Program) -> float:
+    """Return the relative error that the coarsest floating type of a program may show after a change of its algebra."""
+    held = [*program.weights.values(), *(value for value in program.flat_example if isinstance(value, Tensor))]
+    steps = [torch.finfo(each.dtype).eps for each in held if each.is_floating_point()]
+    return math.sqrt(max(steps, default=torch.finfo(torch.float32).eps))
 
 
 def _same_value(unrounded: Tensor, stored: Tensor) -> bool:
@@ -193,6 +274,11 @@ class _Recorder(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
         self.values: dict[str, Tensor] = {}
+
+    def record(self, flat: list[Any]) -> list[Any]:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return list(self.run(*flat))
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -198,7 +198,7 @@ class _Placer:
                 return ""
         if operator(node) == "getitem" and any(part not in self.integer for part in node.args[0].users):  # type: ignore[union-attr]
             return "another part of the split is float"
-        if not self.reads_integer(node) and not _shrinks(node, activations(node, spec)[0]):
+        if not self.reads_integer(node) and not (spec.role == "follower" and _shrinks(node, inputs[0])):
             return "nobody reads it on integers"
         return ""
 

@@ -45,9 +45,7 @@ def html(report: Report) -> str:
     """Return the report as an HTML document."""
     folder = resources.files("graphopt.report") / "templates"
     style = (folder / "report.css").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["size"] = size_text
     environment.filters["error"] = error_text
     environment.filters["cells"] = pass_cells
@@ -64,11 +62,7 @@ def html(report: Report) -> str:
 def diffs(report: Report) -> list[Diff]:
     """Return the diff of every pass that changed the program, as far as it is shown."""
     rows = {row.index: row for row in report.passes}
-    return [
-        _diff(rows[record.index], record)
-        for record in report.trace
-        if record.changed and record.index in rows
-    ]
+    return [_diff(rows[record.index], record) for record in report.trace if record.changed and record.index in rows]
 
 
 def _diff(row: PassRow, record: PassRecord) -> Diff:

@@ -1,8 +1,8 @@
 """Report: the figures of a run as plain data, read from a Result or from a saved report.json.
 
 It holds what a person wants to know and nothing that needs the program: sizes, bits, errors and latency
-before and after, what every pass did, what was skipped and why, what did not fuse and why, and which bounds of the
-budget do not hold.
+before and after, what every pass did, what was skipped and why, what did not fuse and why, and which bounds
+of the budget do not hold.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class PassRow:
         nodes, bytes: operators and parameter bytes, after minus before; of the capture, those it starts with.
         error, rounding_error, sqnr_db: as in PassRecord. seconds: pass and validation.
         touched, skipped: places by what was done, or why nothing was.
-        facts: single figures that the pass reports (the trace has all). stem: name of its files in trace/, without ending.
+        facts: single figures that the pass reports (the trace has all).
+        stem: name of its files in trace/, without ending.
     """
 
     index: int
@@ -111,11 +112,7 @@ class PassRow:
             record.rejected,
             _grouped(record.touched),
             _grouped(record.skipped),
-            {
-                key: value
-                for key, value in record.facts.items()
-                if isinstance(value, bool | int | float | str)
-            },
+            {key: value for key, value in record.facts.items() if isinstance(value, bool | int | float | str)},
             record.stem,
         )
 
@@ -195,9 +192,7 @@ class Report:
     @property
     def latency_ms(self) -> Change:
         """Median latencies of the float export and of the exported file."""
-        return (
-            Change(self.exported.baseline_latency_ms, self.exported.latency_ms) if self.exported else Change()
-        )
+        return Change(self.exported.baseline_latency_ms, self.exported.latency_ms) if self.exported else Change()
 
     def measured(self) -> dict[str, float | None]:
         """The quantities a Budget bounds, by its field names."""
@@ -214,9 +209,7 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON; infinities are written as text, since JSON has none."""
         data = {
-            each.name: _plain(getattr(self, each.name))
-            for each in dataclasses.fields(self)
-            if each.name != "trace"
+            each.name: _plain(getattr(self, each.name)) for each in dataclasses.fields(self) if each.name != "trace"
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
@@ -302,11 +295,7 @@ def graphopt_version() -> str:
 @functools.cache
 def _adapters() -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(Report)
-    return {
-        each.name: TypeAdapter(hints[each.name])
-        for each in dataclasses.fields(Report)
-        if each.name != "trace"
-    }
+    return {each.name: TypeAdapter(hints[each.name]) for each in dataclasses.fields(Report) if each.name != "trace"}
 
 
 def _plain(value: Any) -> Any:

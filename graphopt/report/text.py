@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType
@@ -14,14 +15,13 @@ from rich.text import Text
 from graphopt.report.report import Change, PassRow, Places, Report
 
 _MANY = 8  # entries of one list shown in a summary; the report and the trace hold all
-_FEW_GROUPS = 2  # reasons spelled out on a pass's own line
+_LONG = 60  # characters of what a pass did that are spelled out on its own line
+_NUMBER = re.compile(r"\b([A-Za-z]\w*?)_\d+\b")  # names as fx numbers them
 
 
 def plain(renderable: RenderableType, width: int = 110) -> str:
     """Return the text of a renderable without colour."""
-    console = Console(
-        file=io.StringIO(), width=width, no_color=True, highlight=False, emoji=False, markup=False
-    )
+    console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, emoji=False, markup=False)
     console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
@@ -73,9 +73,7 @@ def figures(report: Report) -> Table:
 def figure_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
     """Yield (quantity, before, after, how they relate) for what is known."""
 
-    def row(
-        name: str, change: Change, show: object, relation: str = "ratio"
-    ) -> Iterator[tuple[str, str, str, str]]:
+    def row(name: str, change: Change, show: object, relation: str = "ratio") -> Iterator[tuple[str, str, str, str]]:
         if change.before is None and change.after is None:
             return
         assert callable(show)
@@ -126,7 +124,7 @@ def pass_cells(row: PassRow) -> tuple[str, ...]:
         return f"{row.index:03d}", row.key, "", f"{row.nodes} nodes", size_text(row.bytes), "", ""
     kind = "exact" if row.exact else "lossy"
     if not row.changed and not row.rejected:
-        return f"{row.index:03d}", row.key, kind, "", "", "", _said(row) or "nothing to do"
+        return f"{row.index:03d}", row.key, kind, "", "", "", _said(row)
     nodes = f"{row.nodes:+d} nodes" if row.nodes else "0 nodes"
     sign = "+" if row.bytes > 0 else ""
     return (
@@ -143,7 +141,7 @@ def pass_cells(row: PassRow) -> tuple[str, ...]:
 def error_text(row: PassRow) -> str:
     """Return how far the outputs moved."""
     if row.error is not None:
-        return f"max rel. error {row.error:.0e}"
+        return f"max rel. error {row.error:.0e}" if row.error else "max rel. error 0"
     if row.sqnr_db is not None:
         return "output unchanged" if row.sqnr_db == math.inf else f"output SQNR {row.sqnr_db:.1f} dB"
     return ""
@@ -152,27 +150,41 @@ def error_text(row: PassRow) -> str:
 def _said(row: PassRow) -> str:
     if row.rejected:
         return f"rejected: {row.rejected}"
-    parts = [counted(row.touched, "touched")] if row.touched else []
+    parts = [counted(row.touched)] if row.touched else []
     if row.skipped:
-        count = sum(len(each.nodes) for each in row.skipped)
-        why = f": {row.skipped[0].reason}" if len(row.skipped) == 1 else f" ({len(row.skipped)} reasons)"
+        kinds = merged(row.skipped)
+        count = sum(len(each.nodes) for each in kinds)
+        why = f": {kinds[0].reason}" if len(kinds) == 1 else f" ({len(kinds)} reasons)"
         parts.append(f"{count} skipped{why}")
+    if not row.changed and row.index:
+        parts.insert(0, "nothing to do")
     if row.inserted:
         parts.append(f"required by {row.inserted}")
     return "; ".join(parts)
 
 
-def counted(groups: list[Places], otherwise: str) -> str:
-    """Return `53 folded`, or `57 touched` where too many different things are said."""
-    if len(groups) > _FEW_GROUPS:
-        return f"{sum(len(each.nodes) for each in groups)} {otherwise}"
-    return ", ".join(f"{len(each.nodes)} {each.reason}" for each in groups)
+def counted(groups: list[Places]) -> str:
+    """Return `53 folded`, or `57 places (4 kinds)` where that would get long."""
+    kinds = merged(groups)
+    text = ", ".join(f"{len(each.nodes)} {each.reason}" for each in kinds)
+    if len(text) <= _LONG:
+        return text
+    count = sum(len(each.nodes) for each in kinds)
+    return f"{count} places" + (f" ({len(kinds)} kinds)" if len(kinds) > 1 else "")
+
+
+def merged(groups: list[Places]) -> list[Places]:
+    """Return the groups with those as one that differ in a node's number only: `folded into conv2d_7`."""
+    found: dict[str, list[str]] = {}
+    for each in groups:
+        found.setdefault(_NUMBER.sub(r"\1", each.reason), []).extend(each.nodes)
+    return sorted((Places(*each) for each in found.items()), key=lambda each: -len(each.nodes))
 
 
 def skipped_lines(rows: list[PassRow]) -> Iterator[RenderableType]:
     """Yield a paragraph for every pass and reason with the places it holds for."""
     for row in rows:
-        for each in row.skipped:
+        for each in merged(row.skipped):
             yield bullet(f"{row.key}: {each.reason}: {listed(each.nodes)}")
 
 
@@ -201,9 +213,7 @@ def export_parts(report: Report) -> list[RenderableType]:
             groups.setdefault(reason, []).append(node)
         parts += [bullet(f"  {listed(nodes)}: {reason}", "yellow") for reason, nodes in groups.items()]
     if found.latency_ratio is not None and found.latency_ratio > 1:
-        parts.append(
-            bullet(f"slower than the float export ({found.latency_ratio:.2f}×); the time goes to:", "yellow")
-        )
+        parts.append(bullet(f"slower than the float export ({found.latency_ratio:.2f}×); the time goes to:", "yellow"))
     parts += [bullet(f"  {line}") for line in found.slow_nodes]
     parts += [bullet(note) for note in found.notes]
     return parts

@@ -9,8 +9,8 @@
     _softmax(x, d, False), _log_softmax(x, d, False) ->  softmax(x, d), log_softmax(x, d)
     _adaptive_avg_pool2d(x, s)                      ->  adaptive_avg_pool2d(x, s)
 
-Exact: one operator under one name. A program that somebody decomposed before handing it over becomes the one that capture
-makes of a module.
+Exact: one operator under one name. A program that somebody decomposed before handing it over becomes the one that
+capture makes of a module.
 """
 
 from __future__ import annotations

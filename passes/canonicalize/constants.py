@@ -2,9 +2,10 @@
 
     f(w, 3)  ->  w'        w' = f(w, 3), computed in float64 and rounded once
 
-Exact. Only where the result takes at most `max_bytes`, or no more than the weights that die with it: an attention mask
-that is expanded to every pair of positions stays computed. Values that are integers or masks must be those that the model
-computes in its own types: where rounding decides them (a float near a whole number, cast to an integer), they stay.
+Exact. Only where the result takes at most `max_bytes`, or no more than the weights that die with it: an attention
+mask that is expanded to every pair of positions stays computed. Values that are integers or masks must be those that
+the model computes in its own types: where rounding decides them (a float near a whole number, cast to an integer),
+they stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.ir import Program, Rewriter, module_path, operator
+from graphopt.ir import Program, Rewriter, is_floating, module_path, operator
 from graphopt.ir.precision import retyped_arguments
 from graphopt.passes.canonicalize.operators import is_pure
 
@@ -27,9 +28,10 @@ _LEFT_TO_OTHERS = {"_weight_norm", "_weight_norm_interface"}
 
 # They move elements and compute nothing, so that no float64 is needed on the way.
 _MOVES = {
-    "alias", "cat", "chunk", "clone", "contiguous", "detach", "expand", "flatten", "getitem", "index_select",
-    "lift_fresh_copy", "narrow", "permute", "repeat", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze",
-    "stack", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_unsafe_view",
+    "alias", "cat", "chunk", "clone", "contiguous", "detach", "embedding", "expand", "flatten", "getitem",
+    "index_select", "lift_fresh_copy", "narrow", "permute", "repeat", "reshape", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+    "_unsafe_view",
 }  # fmt: skip
 
 
@@ -168,29 +170,47 @@ def _rounding_decides(node: fx.Node, value: Constant) -> str:
 
 
 def _store(rewriter: Rewriter, program: Program, node: fx.Node, roots: frozenset[fx.Node], value: Constant) -> None:
-    names = sorted(str(root.target) for root in roots)
+    # What is looked up in a table is a part of the table, not of the indices.
+    floats = [root for root in roots if is_floating(root)] if is_floating(node) else []
+    named = floats if len(floats) == 1 else sorted(roots, key=lambda root: str(root.target))
+    source = named[0] if len(named) == 1 and _is_form(node, named[0]) else None
+    name = result_name(node, [str(root.target) for root in named], source is not None)
     parameter = any(isinstance(program.weight(root), nn.Parameter) for root in roots)
-    name = result_name(node, names)
-    # What is computed from one weight alone is a form of it and keeps its name.
-    source = next(iter(roots)) if len(roots) == 1 and name == names[0] else None
+    if source is not None and name != source.target:
+        source = None
     new = rewriter.weight(value.real, name, node.meta["val"].dtype, source, parameter)
     rewriter.replace(node, new)
     rewriter.touch(node, f"evaluated to {new.target}")
 
 
-def result_name(node: fx.Node, weights: list[str]) -> str:
-    """Return a name for what is computed from `weights`: theirs where they are parts of one, else by the node's place.
+def _made_by(node: fx.Node) -> fx.Node:
+    """Return the node that computes the value, before its elements are moved."""
+    while operator(node) in _MOVES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
-    `conv.parametrizations.weight.original0` and `...original1`, or `conv.weight_orig` and `conv.weight_u`, are parts
-    of `conv.weight`.
+
+def _is_form(node: fx.Node, weight: fx.Node) -> bool:
+    """True for a part of a weight, or for what is computed from it element by element."""
+    shapes = [sorted(size for size in each.meta["val"].shape if size != 1) for each in (node, weight)]
+    return _made_by(node) is weight or shapes[0] == shapes[1]
+
+
+def result_name(node: fx.Node, weights: list[str], form: bool) -> str:
+    """Return a name for what is computed from `weights`.
+
+    A `form` of one weight has its name. `conv.parametrizations.weight.original0` and `...original1`, or
+    `conv.weight_orig` and `conv.weight_u`, are parts of `conv.weight`. Anything else is called by its place.
     """
     wholes = {_whole(name) for name in weights}
     if len(wholes) == 1 and (len(weights) > 1 or "parametrizations." in weights[0]):
         return wholes.pop()
-    if len(weights) == 1:
+    if form:
         return weights[0]
-    path = module_path(node) or _shared_module(weights)
-    return f"{path}.{node.name}" if path else node.name
+    made = _made_by(node)
+    made = made if made.op == "call_function" else node
+    path = module_path(made) or _shared_module(weights)
+    return f"{path}.{made.name}" if path else made.name
 
 
 def _whole(name: str) -> str:

@@ -2,8 +2,8 @@
 
     a = f(x, 2); b = f(x, 2)   ->   a = f(x, 2); b = a
 
-Exact. Quantize and dequantize are left alone, as a runtime wants one pair for each reader, and so is whatever draws random
-numbers.
+Exact. Quantize and dequantize are left alone, as a runtime wants one pair for each reader, and so is whatever draws
+random numbers.
 """
 
 from __future__ import annotations

@@ -32,9 +32,12 @@ from graphopt.passes.canonicalize.operators import (
 )
 
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-_COPIES = {"clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "positive", "_to_copy", "to", "type_as"}
+_COPIES = {
+    "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "positive", "_to_copy", "to", "type_as",
+}  # fmt: skip
 _RESHAPES = {
-    "expand", "expand_as", "broadcast_to", "view", "reshape", "_unsafe_view", "flatten", "squeeze", "slice", "narrow", "repeat",
+    "expand", "expand_as", "broadcast_to", "view", "reshape", "_unsafe_view", "flatten", "squeeze", "slice", "narrow",
+    "repeat",
 }  # fmt: skip
 _NEUTRAL = {"mul": 1, "div": 1, "true_divide": 1, "add": 0, "sub": 0, "pow": 1}
 # A float of the first type holds every value of the second.

@@ -46,8 +46,8 @@ def _holds_weight(node: fx.Node) -> bool:
 
 def unscaled(match: Match, program: Program) -> str:
     """The two summands of addmm come as they are."""
-    scales = match["alpha"], match["beta"]
-    return "" if scales == (1, 1) else f"{match.root.name} scales its summands by alpha={scales[0]} and beta={scales[1]}"
+    alpha, beta = match["alpha"], match["beta"]
+    return "" if alpha == beta == 1 else f"{match.root.name} scales its summands by alpha={alpha} and beta={beta}"
 
 
 def bias_by_output(match: Match, program: Program) -> str:
@@ -87,7 +87,7 @@ def _added_bias(node: fx.Node) -> Match | None:
 
 def _is_row(bias: fx.Node, width: Any) -> bool:
     shape = static_shape(bias)
-    return bias.op == "get_attr" and shape is not None and len(shape) > 0 and shape == (1,) * (len(shape) - 1) + (width,)
+    return bias.op == "get_attr" and bool(shape) and shape == (1,) * (len(shape or ()) - 1) + (width,)
 
 
 def same_dtype(match: Match, program: Program) -> str:

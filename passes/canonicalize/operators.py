@@ -17,7 +17,7 @@ _CASTS = {"_to_copy", "to", "_cast"}
 
 
 def is_aten(node: fx.Node) -> bool:
-    """True for a call of an ATen or prims operator: those of other libraries, the dialect's too, are not looked into."""
+    """True for a call of an ATen or prims operator; those of other libraries, the dialect's too, may do anything."""
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):

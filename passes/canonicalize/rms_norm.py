@@ -1,7 +1,7 @@
 """Recognise a spelled-out RMS norm.
 
-    x * rsqrt(mean(x², -1) + eps)       ->  rms_norm(x, eps)         x² as pow(x, 2), x * x or square(x); also x / sqrt(...)
-    rms_norm(x) * w                     ->  rms_norm(x, w)           w: [D], or [1, ..., D]; computed ones (1 + w) are evaluated first
+    x * rsqrt(mean(x², -1) + eps)       ->  rms_norm(x, eps)         also x / sqrt(...); x² is pow, x * x or square
+    rms_norm(x) * w                     ->  rms_norm(x, w)           w: [D] or [1, ..., D]; 1 + w is evaluated before
     to(rms_norm(to(x, float32)), bf16)  ->  rms_norm(x)              which computes in float32 itself
 
 Exact over the reals. Casts between floating types inside the pattern are looked through; the result keeps its type.

@@ -40,8 +40,8 @@ class RetypeFloats(Pass):
             if casts:
                 rewriter.rewire(node, **casts)
         for node in narrow:
-            if node.op == "placeholder" and node.users:
-                readers = list(node.users)
+            if node.op == "placeholder" and any(user.op != "output" for user in node.users):
+                readers = [user for user in node.users if user.op != "output"]
                 wide = rewriter.insert(
                     torch.ops.aten._to_copy.default, node, before=calls[0], origin=[node], dtype=torch.float32
                 )

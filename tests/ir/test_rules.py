@@ -1,0 +1,299 @@
+"""Rules: conditions, patterns, and applying them until nothing fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from graphopt import capture
+from graphopt.ir import (
+    Match, Program, Rewriter, Rule, apply_rules, arguments, constant, finite, floating, operator, rule, sole_user, verify,
+)  # fmt: skip
+from graphopt.ir.rules import anything, either, matching, number, op
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    """Chains of relu, a sum that is read twice, arithmetic both ways round, integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(4) + 0.5)
+        self.broken = nn.Parameter(torch.tensor([1.0, float("nan"), 1.0, 1.0]))
+        self.register_buffer("steps", torch.arange(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(torch.relu(torch.relu(x)))
+        z = self.gain * (y + 1.0) + (y + 1.0) * self.gain
+        return z * self.broken, z + self.steps * 2
+
+
+@pytest.fixture(scope="module")
+def captured() -> Program:
+    return capture_with_nan(Net().eval(), torch.randn(2, 4))
+
+
+@pytest.fixture
+def program(captured: Program) -> Program:
+    return captured.clone()
+
+
+def capture_with_nan(module: nn.Module, x: Tensor) -> Program:
+    """`capture` refuses weights with NaN; a pass may meet them in a program all the same."""
+    from graphopt.ir import from_exported
+
+    return from_exported(torch.export.export(module, (x,)).run_decompositions({}))
+
+
+def find(program: Program, name: str) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if operator(node) == name]
+
+
+def relus() -> Rule:
+    """relu(relu(x)) -> relu(x)"""
+
+    @rule(match=matching(op("relu", op("relu", anything("x"), bind="inner"), bind="outer")))
+    def merge_relus(match: Match, rewriter: Rewriter) -> None:
+        rewriter.replace(match.node("outer"), match.node("inner"))
+        rewriter.touch(match.node("outer"), "merged")
+
+    return merge_relus
+
+
+# Applying -----------------------------------------------------------------------------------------------------
+
+
+def test_rules_run_to_a_fixpoint(program: Program) -> None:
+    before = program.clone()
+    rewriter = Rewriter(program, "test")
+    apply_rules([relus()], rewriter)
+    changes = rewriter.finish()
+    verify(program, before)
+    assert len(find(program, "relu")) == 1
+    assert len(changes.touched) == 2
+    assert {edit.rule for edit in changes.edits if edit.kind == "replaced"} == {"merge_relus"}
+    again = Rewriter(program, "test")
+    apply_rules([relus()], again)
+    assert not again.finish().changed
+
+
+def test_a_rule_may_make_room_for_one_before_it(program: Program) -> None:
+    """`merge` fits only after `drop` has removed what stands between."""
+
+    @rule(match=matching(op("mul", op("add", anything("x"), number(1.0)), anything("gain"), bind="root", commutes=True)))
+    def drop(match: Match, rewriter: Rewriter) -> None:
+        rewriter.replace(match.node("root"), match.node("x"))
+
+    @rule(match=matching(op("add", anything("x"), anything("x"), bind="root")))
+    def merge(match: Match, rewriter: Rewriter) -> None:
+        double = rewriter.insert(aten.mul.Tensor, match.node("x"), 2.0, before=match.node("root"))
+        rewriter.replace(match.node("root"), double)
+
+    rewriter = Rewriter(program, "test")
+    apply_rules([merge, drop], rewriter)
+    rewriter.finish()
+    verify(program)
+    assert len(find(program, "add")) == 1  # z + steps
+
+
+def test_declines_are_recorded_once_with_their_reason(program: Program) -> None:
+    def never(match: Match, program: Program) -> str:
+        return f"{match.root.name} is kept"
+
+    def also_never(match: Match, program: Program) -> str:
+        raise AssertionError("conditions after the first that fails are not asked")
+
+    @rule(match=matching(op("relu", anything("x"))), needs=[never], worth=[also_never])
+    def remove(match: Match, rewriter: Rewriter) -> None:
+        raise AssertionError("it was declined")
+
+    rewriter = Rewriter(program, "test")
+    apply_rules([remove, relus()], rewriter)
+    changes = rewriter.finish()
+    reasons = [(site.rule, site.node, site.reason) for site in changes.skipped]
+    # The two that the other rule removed afterwards are not among the skipped ones.
+    assert reasons == [("remove", "relu", "relu is kept")]
+
+
+def test_out_of_bounds_comes_before_conditions(program: Program) -> None:
+    rewriter = Rewriter(program, "test")
+    apply_rules([relus()], rewriter, lambda node: f"{node.name} is out of bounds")
+    changes = rewriter.finish()
+    assert not changes.changed
+    assert {site.reason for site in changes.skipped} == {"relu_1 is out of bounds", "relu_2 is out of bounds"}
+
+
+def test_worth_is_asked_after_needs() -> None:
+    calls: list[str] = []
+
+    def condition(name: str, answer: str) -> Any:
+        def check(match: Match, program: Program) -> str:
+            calls.append(name)
+            return answer
+
+        return check
+
+    each = Rule("r", lambda node: None, lambda m, r: None, (condition("need", ""),), (condition("worth", "no gain"),))
+    assert each.declined(Match(fx.Graph().placeholder("x")), None) == "no gain"  # type: ignore[arg-type]
+    assert calls == ["need", "worth"]
+
+
+def test_a_rule_that_turns_in_a_circle_is_stopped(program: Program) -> None:
+    @rule(match=lambda node: Match(node) if operator(node) in ("relu", "sigmoid") else None)
+    def flip(match: Match, rewriter: Rewriter) -> None:
+        other = aten.sigmoid.default if operator(match.root) == "relu" else aten.relu.default
+        (source,) = match.root.all_input_nodes
+        rewriter.replace(match.root, rewriter.insert(other, source, before=match.root))
+
+    rewriter = Rewriter(program, "circle")
+    with pytest.raises(RuntimeError, match="rule flip of circle still fires, now at .*: what it leaves behind matches again"):
+        apply_rules([flip], rewriter)
+
+
+def test_a_rule_that_doubles_its_places_is_stopped(program: Program) -> None:
+    """Each firing makes two new places: without a bound the graph would outgrow memory before any count of rounds."""
+
+    @rule(match=lambda node: Match(node) if operator(node) == "relu" else None)
+    def double(match: Match, rewriter: Rewriter) -> None:
+        (source,) = match.root.all_input_nodes
+        one = rewriter.insert(aten.relu.default, source, before=match.root)
+        rewriter.replace(match.root, rewriter.insert(aten.relu.default, one, before=match.root))
+
+    with pytest.raises(RuntimeError, match="rule double"):
+        apply_rules([double], Rewriter(program, "test"))
+
+
+class Chain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = -x
+        for _ in range(60):
+            x = torch.relu(x)
+        return x
+
+
+def test_a_step_a_round_through_the_whole_graph_is_allowed() -> None:
+    """An operator moved past every node of a long chain: as many rounds as nodes, and no circle."""
+    program = capture(Chain(), (torch.randn(3),))
+
+    @rule(match=matching(op("relu", op("neg", anything("x"), bind="neg"), bind="relu")))
+    def sink(match: Match, rewriter: Rewriter) -> None:
+        relu = rewriter.insert(aten.relu.default, match.node("x"), before=match.node("relu"))
+        rewriter.replace(match.node("relu"), rewriter.insert(aten.neg.default, relu, before=match.node("relu")))
+
+    rewriter = Rewriter(program, "test")
+    apply_rules([sink], rewriter)
+    rewriter.finish()
+    verify(program)
+    assert operator(program.outputs[0]) == "neg"
+    assert len(find(program, "relu")) == 60
+
+
+# Conditions ---------------------------------------------------------------------------------------------------
+
+
+def test_conditions(program: Program) -> None:
+    (mul_broken,) = [node for node in find(program, "mul") if "broken" in str(node.all_input_nodes)]
+    (steps,) = [node for node in find(program, "mul") if "steps" in str(node.all_input_nodes)]
+    z, broken = mul_broken.all_input_nodes
+    (buffer,) = steps.all_input_nodes
+    match = Match(mul_broken, {"z": z, "broken": broken, "steps": buffer, "none": None, "three": 3})
+
+    assert constant("broken", "steps", "none", "three")(match, program) == ""
+    assert constant("z")(match, program) == f"z of {mul_broken.name} is computed by {z.name}, not a weight"
+    assert floating("z", "broken", "none")(match, program) == ""
+    assert floating("steps")(match, program) == f"steps of {mul_broken.name} (steps) is not a floating-point tensor"
+    assert sole_user("broken")(match, program) == ""
+    assert sole_user("z")(match, program).startswith(f"{z.name} is read by 2 nodes (")
+    assert finite("z", "steps", "none")(match, program) == ""
+    assert finite("broken")(match, program) == "weight broken holds NaN or infinity"
+
+
+def test_an_output_counts_as_a_user() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(x)
+            return y, y + 1
+
+    program = capture(Both(), (torch.randn(3),))
+    (relu,) = find(program, "relu")
+    assert "output" in sole_user("relu")(Match(relu, {"relu": relu}), program)
+
+
+def test_parts_of_a_match(program: Program) -> None:
+    (relu, *_) = find(program, "relu")
+    match = Match(relu, {"x": relu.args[0], "number": 2})
+    assert match["number"] == 2
+    assert match.get("nothing") is None
+    assert match.node("x") is relu.args[0]
+    with pytest.raises(TypeError, match="number of the match at relu is no node"):
+        match.node("number")
+
+
+# Patterns -----------------------------------------------------------------------------------------------------
+
+
+def places(program: Program, pattern: Any) -> list[Match]:
+    return [match for node in program.graph.nodes if (match := matching(pattern)(node)) is not None]
+
+
+def test_commuting_inputs(program: Program) -> None:
+    plus_one = op("add", anything("y"), number(1.0))
+    assert len(places(program, op("mul", plus_one, anything("gain")))) == 1
+    assert len(places(program, op("mul", anything("gain"), plus_one))) == 1
+    both = places(program, op("mul", plus_one, anything("gain"), commutes=True))
+    assert len(both) == 2
+    assert {str(match.node("gain").target) for match in both} == {"gain"}
+
+
+def test_a_name_bound_twice_must_match_the_same(program: Program) -> None:
+    shifted = op("add", anything("y"), number(1.0))
+    same = op("add", op("mul", anything("g"), shifted, commutes=True), op("mul", shifted, anything("g")))
+    (match,) = places(program, same)
+    assert str(match.node("g").target) == "gain"
+    (relu, *_) = find(program, "relu")
+    assert not list(op("relu", anything("x"), bind="r")(relu, {"r": relu.args[0]}))
+    assert not list(number(name="n")(2.0, {"n": 3.0}))
+    assert list(number(name="n")(2.0, {"n": 2.0})) == [{"n": 2.0}]
+
+
+def test_backtracking_over_commuting_inputs(program: Program) -> None:
+    """The first way round binds `a` so that the rest cannot match; the second one can."""
+    (first, _) = [node for node in find(program, "mul") if "gain" in str(node.all_input_nodes)]
+    gain = first.args[0]
+    pattern = op("mul", anything("a"), anything("b"), commutes=True)
+    assert [dict(bound)["a"] for bound in pattern(first, {})] == [gain, first.args[1]]
+    assert [bound["a"] for bound in pattern(first, {"b": gain})] == [first.args[1]]
+
+
+def test_numbers() -> None:
+    assert list(number(0.1)(0.1 + 1e-9, {})) == [{}]
+    assert not list(number(0.1)(0.1001, {}))
+    assert list(number(0.0)(0.0, {})) == [{}]
+    assert not list(number(0.0)(1e-3, {}))
+    assert not list(number(1.0)(True, {}))
+    assert not list(number()("1", {}))
+    assert list(number(name="n")(7, {})) == [{"n": 7}]
+
+
+def test_attributes_and_alternatives(program: Program) -> None:
+    class Softmax(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x, -1) + torch.log_softmax(x, 0)
+
+    program = capture(Softmax(), (torch.randn(2, 3),))
+    assert len(places(program, op("softmax|_softmax|log_softmax|_log_softmax", anything("x")))) == 2
+    assert len(places(program, op("softmax|_softmax|log_softmax|_log_softmax", anything("x"), dim=0))) == 1
+    negative = op("softmax|_softmax|log_softmax|_log_softmax", anything("x"), dim=lambda dim: dim < 0)
+    (match,) = places(program, negative)
+    assert operator(match.root).endswith("softmax")
+    either_way = op("add", either(op("relu", anything("x")), negative), anything("rest"))
+    assert len(places(program, either_way)) == 1
+    assert arguments(match.root)["dim"] == -1
+
+
+def test_a_pattern_with_more_inputs_than_the_call_does_not_match(program: Program) -> None:
+    assert places(program, op("relu", anything("x"), anything("y"))) == []
