@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphopt.budget import Budget
-from graphopt.calibration import Batches
+from graphopt.calibration import Batches, check_source
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
 from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
 from graphopt.pipeline import Context, Pass, Recipe, as_recipe, builtin, run_passes
 from graphopt.pipeline import target as target_by_name
+from graphopt.pipeline.manager import with_requirements
 from graphopt.progress import Progress, default_progress
-from graphopt.result import MARKER, Result
+from graphopt.result import MARKER, RUN_FILES, Result
 from graphopt.target import Target
 
 
@@ -41,11 +42,11 @@ def optimize(
     """Optimize a PyTorch model and explain how.
 
     Args:
-        model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, the path of a `.pt2`, or a captured Program (then
-            `example_inputs` and `dynamic_shapes` are its own). A module in training mode is captured as it is at inference.
+        model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, the path of a `.pt2`, or a captured Program, which has
+            its own `example_inputs` and `dynamic_shapes`. A module in training mode is captured as it is at inference.
         example_inputs: tuple of positional or dict of keyword tensors; None where the model says what it eats.
-        recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `int8` where calibration data is
-            given, else `int8_dynamic`.
+        recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `int8` where calibration data
+            is given, else `int8_dynamic`.
         calibration: iterable of inputs in the form of `example_inputs`; streamed, never held in memory.
         evaluate: `evaluate(module) -> float`, higher is better; called on the original and on the result.
         loss: `loss(module, batch) -> scalar`, for passes that need gradients.
@@ -60,37 +61,54 @@ def optimize(
     Raises:
         GraphoptError: a mistake of the caller, in one sentence.
     """
+    _check_arguments(model, example_inputs, dynamic_shapes, evaluate, loss, budget, seed)
     shown = progress or default_progress()
-    profile = target if isinstance(target, Target) else target_by_name(target)
+    profile = target if isinstance(target, Target) else target_by_name(str(target))
     chosen, notes = choose_recipe(recipe, calibration is not None)
+    _check_needs(chosen, {"calibration": calibration, "evaluate": evaluate, "loss": loss})
+    if calibration is not None:
+        check_source(calibration)
     if run_dir is not None:
-        check_replaceable(Path(run_dir), MARKER)
-    with shown.stage("capture"):
-        captured = isinstance(model, Program)
-        program = model if captured else capture(model, example_inputs, dynamic_shapes=dynamic_shapes, trust=trust)
-    batches = Batches(calibration, program) if calibration is not None else None
-    if batches is not None:
-        batches.first(1)
-    context = Context(profile, batches, evaluate, loss, seed, shown)
-    _check_needs(chosen, context)
-    before = _metric(evaluate, program, "the original model") if evaluate else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        optimized, trace = run_passes(program, chosen.passes, context)
-    after = _metric(evaluate, optimized, "the optimized model") if evaluate else None
-    result = Result(
-        optimized, program, trace, chosen, profile, budget or Budget(), [*program.notes, *notes], after, before
-    )
-    result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
-    if run_dir is not None:
-        with shown.stage("export and measure"):
-            result.save(run_dir)
+        check_replaceable(Path(run_dir), MARKER, RUN_FILES)
+    # What is made in inference mode cannot be changed outside of it, nor differentiated.
+    with torch.inference_mode(False):
+        with shown.stage("capture"):
+            captured = isinstance(model, Program)
+            program = model if captured else capture(model, example_inputs, dynamic_shapes=dynamic_shapes, trust=trust)
+        batches = Batches(calibration, program) if calibration is not None else None
+        if batches is not None:
+            batches.first(1)
+        context = Context(profile, batches, evaluate, loss, seed, shown)
+        before = _metric(evaluate, program, "the original model") if evaluate else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            optimized, trace = run_passes(program, chosen.passes, context)
+        after = _metric(evaluate, optimized, "the optimized model") if evaluate else None
+        notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
+        result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
+        result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
+        if run_dir is not None:
+            with shown.stage("export and measure"):
+                result.save(run_dir)
     return result
 
 
-def choose_recipe(
-    recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool
-) -> tuple[Recipe, list[str]]:
+def _check_arguments(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, evaluate: Any, loss: Any, budget: Any, seed: Any
+) -> None:
+    """Refuse, before any work is done, what is not of the kind that `optimize` takes."""
+    if isinstance(model, Program) and (example_inputs is not None or dynamic_shapes is not None):
+        raise GraphoptError("a captured Program has its own example inputs and shapes; leave out those arguments")
+    for name, value in (("evaluate", evaluate), ("loss", loss)):
+        if value is not None and not callable(value):
+            raise GraphoptError(f"{name} must be a function, not {type(value).__name__}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise GraphoptError(f"budget must be a graphopt.Budget(...), not {type(budget).__name__}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise GraphoptError(f"seed must be a whole number of 64 bits, not {seed!r}")
+
+
+def choose_recipe(recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool) -> tuple[Recipe, list[str]]:
     """Return the recipe to run and sentences about the choice."""
     if recipe is None:
         name = "int8" if calibrated else "int8_dynamic"
@@ -102,22 +120,37 @@ def choose_recipe(
     return chosen, []
 
 
-def _check_needs(recipe: Recipe, context: Context) -> None:
-    given = {"calibration": context.calibration, "evaluate": context.evaluate, "loss": context.loss}
-    for each in recipe.passes:
+def _check_needs(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    for each, inserted in with_requirements(recipe.passes):
         for need in sorted(each.needs):
             if given[need] is None:
-                raise GraphoptError(f"the pass {each.name} needs {need}; pass {need}= to optimize")
+                who = f"the pass {each.name}" + (f", which {inserted} requires," if inserted else "")
+                raise GraphoptError(f"{who} needs {need}; pass {need}= to optimize")
 
 
 def _metric(evaluate: Callable[[Any], float], program: Program, what: str) -> float:
+    held = _identities(program)
     try:
         with torch.no_grad():
             value = float(evaluate(program.module()))
     except GraphoptError:
         raise
     except Exception as error:
-        raise GraphoptError(f"evaluate failed on {what}: {type(error).__name__}: {error}") from error
-    if math.isnan(value):
-        raise GraphoptError(f"evaluate returned NaN on {what}; return a finite number, higher is better")
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise GraphoptError(f"evaluate failed on {what}: {type(error).__name__}: {reason}") from error
+    if _identities(program) != held:
+        raise GraphoptError(
+            f"evaluate changed the weights of {what}; let it train or convert copy.deepcopy(model) instead"
+        )
+    if not math.isfinite(value):
+        kind = "NaN" if math.isnan(value) else "infinity"
+        raise GraphoptError(f"evaluate returned {kind} on {what}; return a finite number, higher is better")
     return value
+
+
+def _identities(program: Program) -> dict[str, tuple[Any, ...]]:
+    """What changes when somebody writes to a weight, or moves it to another type or device."""
+    return {
+        name: (weight.data_ptr(), weight.dtype, weight.device, None if weight.is_inference() else weight._version)
+        for name, weight in program.weights.items()
+    }

@@ -20,8 +20,8 @@ class ExportReport:
         fused: integer operators in the runtime's optimized graph, `type -> count`.
         unfused: `(node, reason)` for operators with Q/DQ that run a float kernel, and for Q/DQ left over.
         sqnr_db: signal to quantization noise of the outputs against the float model, the worst output.
-        max_steps: largest difference to the torch emulation, in quantization steps of that output (of 1/255 of its range
-            where the output is not quantized).
+        max_steps: largest difference to the torch emulation, in quantization steps of that output (of 1/255 of its
+            range where the output is not quantized).
         latency_ms, baseline_latency_ms: medians of this file and of the float export, interleaved, one thread;
             None where not measured.
         baseline_size_bytes: of the float export.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from graphopt.errors import GraphoptError, nearest
 
@@ -30,10 +31,11 @@ class Budget:
     average_bits: float | None = None
 
     def __post_init__(self) -> None:
-        for name, bound in self.bounds().items():
+        given: dict[str, Any] = dict(self.bounds())  # whatever the caller passed
+        for name, bound in given.items():
             if isinstance(bound, bool) or not isinstance(bound, Real) or not math.isfinite(bound) or bound < 0:
                 raise GraphoptError(f"budget.{name} must be a number, finite and not negative, not {bound!r}")
-            object.__setattr__(self, name, bound if isinstance(bound, int) else float(bound))
+            object.__setattr__(self, name, bound if type(bound) is int else float(bound))
 
     def bounds(self) -> dict[str, float]:
         """Return the bounds that were given."""

@@ -51,8 +51,8 @@ def write_text(path: Path, text: str) -> None:
 def replacing_folder_content(folder: Path, names: list[str]) -> Iterator[Path]:
     """Yield a temporary folder; on success its files take the places of those called `names` in `folder`.
 
-    The last name goes first, so that a file never stands without the data file it points to; a name that was not written
-    is removed from `folder`, as it belongs to the older content.
+    The last name goes first, so that a file never stands without the data file it points to; a name that was not
+    written is removed from `folder`, as it belongs to the older content.
     """
     temporary: Path | None = None
     made: list[Path] = []
@@ -80,8 +80,8 @@ def replacing_folder_content(folder: Path, names: list[str]) -> Iterator[Path]:
 def replacing_folder(path: Path, marker: str, names: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes its place, on failure it is removed.
 
-    A folder already there is replaced only as `check_replaceable` allows, and put back where the exchange fails. A symbolic
-    link stays one: the folder it points to is replaced.
+    A folder already there is replaced only as `check_replaceable` allows, and put back where the exchange fails. A
+    symbolic link stays one: the folder it points to is replaced.
     """
     check_replaceable(path, marker, names)
     temporary: Path | None = None
@@ -124,8 +124,8 @@ def _exchange(new: Path, final: Path) -> None:
 def check_replaceable(path: Path, marker: str, names: Collection[str] = ()) -> None:
     """Refuse, before any work is done, a folder that cannot be written or holds somebody else's things.
 
-    What may be replaced is an empty folder, or one that holds a file called `marker`, that is, was made here. With `names`
-    given, such a folder may hold nothing but these: everything in it goes.
+    What may be replaced is an empty folder, or one that holds a file called `marker`, that is, was made here. With
+    `names` given, such a folder may hold nothing but these: everything in it goes.
     """
     try:
         final = _followed(path)

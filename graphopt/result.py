@@ -14,12 +14,17 @@ from graphopt.errors import GraphoptError
 from graphopt.files import replacing_folder, write_text
 from graphopt.ir.program import Program, ProgramModule
 from graphopt.pipeline import Context, Recipe, Trace, backend, make_pass
+from graphopt.pipeline.registry import UnknownPass, targets
 from graphopt.target import Target
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
 MARKER = "report.json"  # a folder that holds it is a run directory
+RUN_FILES = frozenset(
+    ("model.onnx", "model.onnx.data", "model.pt2", "recipe.yaml", MARKER, "report.html", "trace")
+)  # and what else a run directory holds
+_NO_FILE = "no model.onnx was written: "
 
 
 @dataclass
@@ -66,7 +71,11 @@ class Result:
 
         `measure=False` leaves out the latency comparison with the float export.
         """
+        before = self.exported
         self.exported = backend(self.target.backend).export(self.program, Path(path), self._baseline(), measure)
+        if self.original is None and before is not None and self.exported.baseline_size_bytes is None:
+            # After `load` there is no float program to export again; its size is still what it was.
+            self.exported.baseline_size_bytes = before.baseline_size_bytes
         return self.exported
 
     def _baseline(self) -> Program | None:
@@ -78,18 +87,22 @@ class Result:
         return program
 
     def save(self, folder: str | Path) -> None:
-        """Write the run directory: model.onnx, model.pt2, recipe.yaml, report.json, report.html and trace/, all or nothing.
+        """Write the run directory, all or nothing: model.onnx and .pt2, recipe.yaml, report.json and .html, trace/.
 
-        Where the target has no form for the program, model.onnx is missing and the report says why.
+        An older run directory is replaced as a whole, so it may hold nothing but these. Where the target has no form
+        for the program, model.onnx is missing and the report says why.
         """
-        with replacing_folder(Path(folder), MARKER) as temporary:
+        with replacing_folder(Path(folder), MARKER, RUN_FILES) as temporary:
+            self.notes = [note for note in self.notes if not note.startswith(_NO_FILE)]
             try:
                 self.export(temporary / "model.onnx")
             except GraphoptError as error:
-                if isinstance(error.__cause__, OSError):  # the disk, not the program
+                if isinstance(error.__cause__, OSError):  # nor could anything else be written
                     raise
                 self.exported = None
-                self.notes.append(f"no model.onnx was written: {error}")
+                self.notes.append(f"{_NO_FILE}{error}")
+                for name in ("model.onnx", "model.onnx.data"):
+                    (temporary / name).unlink(missing_ok=True)
             self.program.save(temporary / "model.pt2")
             write_text(temporary / "recipe.yaml", self.recipe.to_yaml())
             self.trace.save(temporary / "trace")
@@ -103,10 +116,10 @@ class Result:
 def load(folder: str | Path, trust: bool = False) -> Result:
     """Read a run directory written by `Result.save`.
 
+    A recipe or target that is not installed here does not keep the program from being read; a note says so.
     `trust=True` allows unpickling what its model.pt2 holds; see `Program.load`. Raises GraphoptError where something is
     missing or damaged.
     """
-    from graphopt.pipeline import target
     from graphopt.report import Report
 
     root = Path(folder)
@@ -114,11 +127,25 @@ def load(folder: str | Path, trust: bool = False) -> Result:
         raise GraphoptError(f"{root} is no run directory: it holds no {MARKER}")
     try:
         data = json.loads((root / MARKER).read_text(encoding="utf-8"))
-        recipe = Recipe.from_yaml((root / "recipe.yaml").read_text(encoding="utf-8"), str(root / "recipe.yaml"))
-    except (OSError, ValueError) as error:
-        raise GraphoptError(f"{root} is damaged: {error}") from None
-    result = Result(
-        Program.load(root / "model.pt2", trust=trust), None, Trace.load(root / "trace"), recipe, target("onnxruntime-cpu")
-    )
+        text = (root / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GraphoptError(f"the run directory {root} is damaged ({reason}); run the optimization again") from None
+    report = Report.from_dict(data, source=str(root / MARKER))
+    notes = []
+    profile = targets().get(report.target)
+    if profile is None:
+        notes.append(f"the target {report.target!r} is not installed here: the model runs but cannot be exported")
+        profile = Target(report.target, "none")
+        data["target"] = ""
+    try:
+        recipe = Recipe.from_yaml(text, str(root / "recipe.yaml"))
+    except UnknownPass as error:
+        notes.append(f"the recipe cannot be run again here: {error}")
+        recipe = Recipe(report.recipe, ())
+    result = Result(Program.load(root / "model.pt2", trust=trust), None, Trace.load(root / "trace"), recipe, profile)
     Report.restore(data, result)
+    result.notes += [note for note in notes if note not in result.notes]
+    if result.exported is not None:
+        result.exported.path = root / "model.onnx"  # wherever the folder stands now
     return result

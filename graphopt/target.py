@@ -19,8 +19,8 @@ class IntegerOperator:
 
     Attributes:
         role: `anchor` gains from integers by itself (convolution, linear); `follower` is worth it between integer
-            operators (residual add, average pool); `transparent` only moves values, its output has its input's scale and
-            zero point; `absorbed` is a clamp that vanishes into the zero point and range of the `quantize` after it.
+            operators (residual add, average pool); `transparent` only moves values, its output has its input's scale
+            and zero point; `absorbed` is a clamp that vanishes into zero point and range of the `quantize` after it.
         inputs: names of the arguments that hold activations; empty means the first one.
         requires_output: the integer kernel writes integers: a `quantize` must follow. Otherwise it may write floats.
         dynamic: there is an integer kernel that takes scales computed at run time.

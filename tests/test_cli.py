@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import yaml
 from cli_models import BATCH, images
+from report_runs import result
 
 import graphopt
 from graphopt.cli import demo, main
@@ -241,12 +242,13 @@ def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def quick_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The demo on a network that trains in seconds, with a cache of its own; returns the run directory."""
-    config = TrainingConfig(channels=(8, 16), blocks=1, images=500, epochs=5, threads=1)
+    config = TrainingConfig(channels=(8, 16), blocks=1, images=1000, epochs=8, threads=1)
     monkeypatch.setattr(task, "TrainingConfig", lambda: config)
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "runs" / "demo"
 
 
+@pytest.mark.slow
 def test_demo(quick_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     succeed("demo", "-o", quick_demo)
     shown = capsys.readouterr()
@@ -270,13 +272,24 @@ def test_demo(quick_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out.endswith(f"run directory  {quick_demo}\nreport         {quick_demo / 'report.html'}\n")
 
 
+@pytest.mark.parametrize(("accuracy", "status"), [(89.4, 0), (89.0, 1)])
 def test_demo_does_not_hide_a_file_that_computes_something_else(
-    quick_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    accuracy: float,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(demo, "runtime_accuracy", lambda result, path: 10.0)
+    """With a made-up result, whose emulation reaches 89.5."""
+    monkeypatch.setattr(demo.demo, "model", lambda progress: (None, None))
+    monkeypatch.setattr(demo, "optimize", lambda *args, **options: result())
+    monkeypatch.setattr(demo, "runtime_accuracy", lambda result, path: accuracy)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert main(["demo", "-o", str(quick_demo)]) == 1
-    assert "model.onnx reaches 10.00 % in its runtime" in capsys.readouterr().err
+    assert main(["demo", "-o", str(tmp_path / "run")]) == status
+    shown = capsys.readouterr()
+    assert f"│ accuracy │  90.00 % │ {accuracy:.2f} % │ {accuracy - 90:+.2f} points │" in shown.out
+    assert "│ latency  │  1.00 ms │ 2.00 ms │        2.00× │" in shown.out
+    assert ("model.onnx reaches 89.00 % in its runtime" in shown.err) == bool(status)
 
 
 # --- The shell's side

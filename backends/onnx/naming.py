@@ -23,7 +23,7 @@ from graphopt.ir import Program, is_tensor, module_path, provenance
 
 _MARK = "graphopt:"
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
-_OURS = {"module", "pass", "from"}
+_OURS = frozenset({"module", "pass", "from"})
 _SYMBOL = re.compile(r"\b[A-Za-z_]\w*\b")
 
 
@@ -43,7 +43,7 @@ def marked(text: str) -> str:
 def name_after(program: Program, model: ir.Model) -> None:
     """Rename inputs, outputs, nodes, values and dimensions of `model`, exported from `mark`ed operators; set its metadata."""
     sources = {node: marked(node.metadata_props.get(_STACK_TRACE, "")) for node in model.graph}
-    forget_metadata(model, keep=set())
+    forget_metadata(model, keep=frozenset())
     taken: set[str] = set()
     _name_inputs(program, model, taken)
     _name_operators(program, model, sources, taken)
@@ -51,7 +51,7 @@ def name_after(program: Program, model: ir.Model) -> None:
     _name_dimensions(program, model)
 
 
-def forget_metadata(model: ir.Model, keep: set[str] = _OURS) -> None:
+def forget_metadata(model: ir.Model, keep: frozenset[str] = _OURS) -> None:
     """Remove all metadata but ours."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -83,7 +83,9 @@ def input_names(program: Program) -> list[str]:
 
 def _name_operators(program: Program, model: ir.Model, sources: dict[ir.Node, str], taken: set[str]) -> None:
     known = {node.name: node for node in program.graph.nodes}
-    taken.update(name for name in sources.values() if name)
+    names = {name: _unique(name, taken) for name in dict.fromkeys(sources.values()) if name}
+    # Of several nodes with results the last one gets the plain name.
+    final = {sources[node]: node for node in model.graph if any(_leaves(value, sources[node], sources) for value in node.outputs)}
     for node in model.graph:
         source = known.get(sources[node])
         if source is None:
@@ -91,17 +93,17 @@ def _name_operators(program: Program, model: ir.Model, sources: dict[ir.Node, st
             for value in node.outputs:
                 value.name = _unique(value.name or node.name, taken)
             continue
-        results = [value for value in node.outputs if _leaves(value, sources[node], sources)]
-        node.name = source.name if results else _unique(f"{source.name}/{node.op_type}", taken)
-        parts = _parts(source, len(node.outputs))
+        last = final.get(source.name) is node
+        node.name = names[source.name] if last else _unique(f"{source.name}/{node.op_type}", taken)
+        parts = _parts(source, len(node.outputs)) if last else {}
         for index, value in enumerate(node.outputs):
             if len(node.outputs) == 1:
                 value.name = node.name
             else:
-                value.name = parts.get(index) or _unique(f"{node.name}/{index}", taken)
+                value.name = _unique(parts.get(index, f"{node.name}/{index}"), taken)
         if path := module_path(source):
             node.metadata_props["module"] = path
-        if results:
+        if last:
             _tell_origin(source, node)
 
 

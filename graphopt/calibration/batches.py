@@ -1,7 +1,7 @@
 """Calibration data: an iterable of inputs, checked against the program and streamed.
 
-Nothing is kept in memory. A one-shot iterator (a generator) is spooled to a temporary folder while it is read, so that a
-second reader finds the same batches.
+Nothing is kept in memory. A one-shot iterator (a generator) is spooled to a temporary folder while it is read, so that
+a second reader finds the same batches.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ EMPTY = "the calibration data is empty; give at least one batch in the form of t
 class Batches:
     """A re-readable stream of flat inputs for `program`.
 
-    Each element of `source` has the form of the example inputs: a tuple of positional tensors, a dict of keyword tensors,
-    or one tensor; numpy arrays are taken as tensors. Reading raises GraphoptError at the first batch that does not fit.
+    Each element of `source` has the form of the example inputs: a tuple of positional tensors, a dict of keyword
+    tensors, or one tensor; numpy arrays are taken as tensors. Reading raises GraphoptError at the first batch that does
+    not fit.
     """
 
     def __init__(self, source: Iterable[Any], program: Program) -> None:
@@ -105,8 +106,8 @@ class Batches:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             raise GraphoptError(
-                f"cannot keep the calibration data in {tempfile.gettempdir()} ({reason}); point TMPDIR to a folder with "
-                "room, or pass a list or a DataLoader instead of a generator"
+                f"cannot keep the calibration data in {tempfile.gettempdir()} ({reason}); point TMPDIR to a folder "
+                "with room, or pass a list or a DataLoader instead of a generator"
             ) from error
         self._spooled += 1
 
@@ -165,7 +166,7 @@ def call_form(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, dict):
         return (), {str(key): tensors(value) for key, value in batch.items()}
     if hasattr(batch, "keys") and hasattr(batch, "__getitem__"):  # transformers' BatchEncoding and its like
-        return (), {str(key): tensors(batch[key]) for key in batch.keys()}
+        return (), {str(key): tensors(batch[key]) for key in batch.keys()}  # noqa: SIM118 - iterating may give values
     if isinstance(batch, tuple | list):
         return tuple(tensors(value) for value in batch), {}
     raise GraphoptError(f"inputs must be a tensor, a tuple or a dict of tensors, not {type(batch).__name__}")
@@ -188,12 +189,11 @@ def check_inputs(flat: list[Any], expected: list[Any], names: tuple[str, ...], w
     for value, known, name in zip(flat, expected, names, strict=True):
         if isinstance(known, Tensor):
             _check_tensor(value, known, f"{what}: {name}")
-        elif isinstance(known, bool | int | float | str) and (type(value) is not type(known) or value != known):
-            if known == known or value == value:  # NaN is itself here
-                raise GraphoptError(
-                    f"{what}: {name} was captured as {known!r} and is fixed, so it cannot be {value!r}; "
-                    "leave such batches out, or capture the model again"
-                )
+        elif isinstance(known, bool | int | float | str) and repr(value) != repr(known):
+            raise GraphoptError(
+                f"{what}: {name} was captured as {known!r} and is fixed, so it cannot be {value!r}; "
+                "leave such batches out, or capture the model again"
+            )
 
 
 def _check_tensor(value: Any, known: Tensor, where: str) -> None:

@@ -29,7 +29,9 @@ class _Observed(fx.Interpreter):
         return value
 
 
-def collect(program: Program, nodes: Collection[fx.Node], batches: Batches, progress: Progress) -> dict[fx.Node, Histogram]:
+def collect(
+    program: Program, nodes: Collection[fx.Node], batches: Batches, progress: Progress
+) -> dict[fx.Node, Histogram]:
     """Return a Histogram for each of `nodes` over all batches; one reading, memory independent of their number.
 
     Raises GraphoptError where there is no batch, or a batch does not run.

@@ -1,7 +1,7 @@
 """Observers: what is remembered of a tensor that streams by.
 
-A Histogram holds the exact minimum and maximum and a histogram of fixed size whose range doubles as data asks for it, so
-memory does not grow with the number of batches. Large tensors enter the histogram by a sample.
+A Histogram holds the exact minimum and maximum and a histogram of fixed size whose range doubles as data asks for it,
+so memory does not grow with the number of batches. Large tensors enter the histogram by a sample.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Histogram:
         low, high = (float(bound) for bound in torch.aminmax(wide))
         if not math.isfinite(low) or not math.isfinite(high):
             raise GraphoptError(
-                f"calibration met NaN or infinity at {name}; check the calibration data, or keep that place float with skip"
+                f"calibration met NaN or infinity at {name}; check the calibration data, or keep that place float with "
+                "skip"
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(max(abs(low), abs(high)))

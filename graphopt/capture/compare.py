@@ -39,8 +39,8 @@ def check_same_function(program: Program, reference: Any) -> None:
             name = f"output{pytree.keystr(path)}" if path else "output"
             raise GraphoptError(
                 "the captured graph computes something else than the model on the example inputs "
-                f"({name}: {difference}); forward must depend on its inputs and weights only, not on Python state, files "
-                "or Python's random numbers"
+                f"({name}: {difference}); forward must depend on its inputs and weights only, not on Python state, "
+                "files or Python's random numbers"
             )
 
 

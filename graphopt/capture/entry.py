@@ -104,7 +104,12 @@ def _of_exported(exported: ExportedProgram, example_inputs: Any, dynamic_shapes:
 def _of_archive(path: Path, example_inputs: Any, dynamic_shapes: Any, trust: bool) -> Program:
     archive = read_archive(path, trust=trust)
     if not archive.by_graphopt:
-        return _of_exported(archive.exported, example_inputs, dynamic_shapes)
+        try:
+            return _of_exported(archive.exported, example_inputs, dynamic_shapes)
+        except GraphoptError:
+            raise
+        except Exception as error:  # the parts of a damaged file may be in order and not fit each other
+            raise GraphoptError(f"{path} is damaged: its program cannot be read ({type(error).__name__})") from error
     return _of_program(archive.program(), example_inputs, dynamic_shapes)
 
 

@@ -1,7 +1,7 @@
 """Abstract values: what an operator makes of its inputs' shapes and dtypes, without computing anything.
 
 `meta["val"]` of a node holds a FakeTensor, a symbolic number, a constant, or a tuple of these. Passes, backends and
-printing all read it, so it must say what the operator really does: the Rewriter refreshes it, the verifier derives it again.
+printing all read it, so it must say what the operator does: the Rewriter refreshes it, the verifier derives it again.
 """
 
 from __future__ import annotations

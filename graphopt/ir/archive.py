@@ -32,6 +32,8 @@ from graphopt.ir.structures import decode, encode, known_class, neutral, unknown
 RECORD = "graphopt.json"
 FORMAT = 1
 _NAMESPACES = {"aten", "prims", "graphopt", "torchvision", "quantized_decomposed"}
+# What reading data of another shape than expected raises.
+_MISFIT = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
 _PYTHON = {"_operator", "math", "torch"}
 
 
@@ -54,7 +56,7 @@ class Archive:
             return from_exported(self.exported.run_decompositions({}))
         try:
             return _program(self.exported, self.record, self.trust)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        except _MISFIT as error:
             raise GraphoptError(
                 f"{self.path} is damaged: its member extra/{RECORD} does not fit its program"
             ) from error
@@ -234,7 +236,7 @@ def _check(path: Path, data: bytes, names: list[str]) -> None:
             f"{path} is refused because {refusal}; pass trust=True only if you know who wrote it, for loading it may "
             "run code"
         ) from refusal.__cause__
-    except RuntimeError as error:
+    except (RuntimeError, *_MISFIT) as error:
         raise GraphoptError(f"{path} is damaged: {_first_line(error)}") from error
 
 

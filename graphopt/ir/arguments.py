@@ -1,7 +1,7 @@
 """Read an operator's arguments by their schema names.
 
-ATen calls leave trailing defaults out and mix positional with keyword arguments. A rule that reads `arguments(node)` sees
-one complete mapping and need not care.
+ATen calls leave trailing defaults out and mix positional with keyword arguments. A rule that reads `arguments(node)`
+sees one complete mapping and need not care.
 """
 
 from __future__ import annotations

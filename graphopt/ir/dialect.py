@@ -17,9 +17,9 @@ Granularity follows from `scale` and `group_size` (K = size of `axis`); a zero p
 
 `format` names a grid (`graphopt.quantization.grids`). `table` is for codebook grids; no integer grid takes one.
 `dequantize` gives the dtype of `scale`, `fake_quantize` that of x. Every operator is an ATen composite, so any backend
-can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and `fake_quantize` have gradients:
-straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale` have none: a dynamic range is a
-constant to training, as codes are.
+can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and `fake_quantize` have
+gradients: straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale` have none: a dynamic
+range is a constant to training, as codes are.
 
 A scale or zero point of the wrong shape raises ValueError, an unknown format GraphoptError.
 """
@@ -38,7 +38,9 @@ from graphopt.quantization.grids import grid
 LIBRARY = torch.library.Library("graphopt", "DEF")
 _WHERE = "int axis=0, int group_size=0, str format='int8'"
 LIBRARY.define(f"quantize(Tensor x, Tensor scale, Tensor? zero_point=None, {_WHERE}) -> Tensor")
-LIBRARY.define(f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point=None, Tensor? table=None, {_WHERE}) -> Tensor")
+LIBRARY.define(
+    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point=None, Tensor? table=None, {_WHERE}) -> Tensor"
+)
 LIBRARY.define(f"dynamic_scale(Tensor x, {_WHERE}) -> (Tensor, Tensor)")
 LIBRARY.define(f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, {_WHERE}) -> Tensor")
 
@@ -86,7 +88,9 @@ def _block_shape(x: Tensor, axis: int, group_size: int) -> list[Any]:
 def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int) -> None:
     """Refuse what would broadcast to something that nobody meant; symbolic sizes are taken at their word."""
     if zero_point is not None and _differ(zero_point.shape, scale.shape):
-        raise ValueError(f"zero_point has shape {list(zero_point.shape)}, scale {list(scale.shape)}; give both one shape")
+        raise ValueError(
+            f"zero_point has shape {list(zero_point.shape)}, scale {list(scale.shape)}; give both one shape"
+        )
     if group_size == 0:
         fits = scale.dim() == 0 or not _differ(scale.shape, x.shape[axis:][:1])
         wanted = f"[] or [{x.shape[axis]}]" if x.dim() else "[]"

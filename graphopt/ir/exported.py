@@ -1,7 +1,7 @@
 """Program <-> torch.export.ExportedProgram.
 
-An ExportedProgram passes its weights as lifted inputs; a Program reads them by `get_attr`. The two conversions below are
-inverse up to guards and assertions, which a Program does not carry.
+An ExportedProgram passes its weights as lifted inputs; a Program reads them by `get_attr`. The two conversions below
+are inverse up to guards and assertions, which a Program does not carry.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def from_exported(exported: ExportedProgram, parameters: Sequence[str] = ()) -> Program:
     """Turn a functional ExportedProgram into a Program.
 
-    Raises GraphoptError where the graph updates a buffer or holds control flow: a Program is a function. An update of an
-    input is left out: the Program computes the same outputs and leaves its inputs as they are.
+    Raises GraphoptError where the graph updates a buffer or holds control flow: a Program is a function. An update of
+    an input is left out: the Program computes the same outputs and leaves its inputs as they are.
     """
     _refuse_mutation(exported)
     lifted = {
@@ -91,7 +91,9 @@ def from_exported(exported: ExportedProgram, parameters: Sequence[str] = ()) -> 
             graph.erase_node(node)
     call = exported.module_call_graph[0].signature
     if call is None:
-        raise GraphoptError("the exported program carries no calling convention; export it again with torch.export.export")
+        raise GraphoptError(
+            "the exported program carries no calling convention; export it again with torch.export.export"
+        )
     args, kwargs = exported.example_inputs or ((), {})
     parameters = tuple(parameters) or _forward_names(exported)
     signature = Signature(call.in_spec, call.out_spec, parameters, flat_names(call.in_spec, parameters))
@@ -129,8 +131,8 @@ def _refuse_mutation(exported: ExportedProgram) -> None:
     for spec in exported.graph_signature.output_specs:
         if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION):
             raise GraphoptError(
-                f"the model updates its buffer {str(spec.target)!r} in forward; return the new value as an output instead, "
-                "so that the model is a function of its inputs"
+                f"the model updates its buffer {str(spec.target)!r} in forward; return the new value as an output "
+                "instead, so that the model is a function of its inputs"
             )
 
 
@@ -146,7 +148,7 @@ def _refuse_control_flow(node: fx.Node) -> None:
 def source_line(node: fx.Node) -> str:
     """Return `file.py:12, in forward` for the user's line that made this node, or an empty string.
 
-    That is the innermost line outside torch: not the one in `torch/nn` that calls the operator, but the one that calls that.
+    That is the innermost line outside torch: not the one in `torch/nn` that calls the operator, but its caller.
     """
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     frames = [line for line in lines if line.startswith("File ") and "<eval_with_key>" not in line]

@@ -18,7 +18,9 @@ from graphopt.ir.arguments import arguments, operator, positional
 from graphopt.ir.program import Program
 
 # Factories without a dtype argument make the default type; in a retyped program they must make the new one.
-_FACTORIES = frozenset({"full", "zeros", "ones", "arange", "scalar_tensor", "rand", "randn", "empty", "linspace", "eye"})
+_FACTORIES = frozenset(
+    {"full", "zeros", "ones", "arange", "scalar_tensor", "rand", "randn", "empty", "linspace", "eye"}
+)
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
 
 
@@ -36,7 +38,7 @@ def retype(program: Program, dtype: torch.dtype, weights: Mapping[str, Tensor] |
 
 
 class Retyped(fx.Interpreter):
-    """Runs a program over another floating type, converting each weight when it is read and dropping it after its last use.
+    """Runs a program over another floating type, converting each weight when it is read and dropping it after use.
 
     Equal to running `retype(program, dtype, weights)`, in the memory of one layer instead of a second model.
     """

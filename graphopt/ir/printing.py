@@ -8,8 +8,8 @@
       return relu
     }
 
-Arguments that equal the operator's default are left out. A weight shows its shape, dtype and the first digits of a digest
-of its bytes: it changes when and only when a value does.
+Arguments that equal the operator's default are left out. A weight shows its shape, dtype and the first digits of a
+digest of its bytes: it changes when and only when a value does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from graphopt.ir.rewriter import module_path, provenance
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.uint16: "u16", torch.bool: "bool",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.uint16: "u16",
+    torch.bool: "bool",
 }  # fmt: skip
 _DIGESTS: Any = WeakIdKeyDictionary()
 

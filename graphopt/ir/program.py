@@ -1,8 +1,8 @@
 """Program: a functional ATen graph with named weights, and how it is called.
 
-The graph is a `torch.fx.Graph` of placeholders (the model's inputs, flat), `get_attr` nodes (weights, one node a tensor),
-ATen or `graphopt::` operators and one output (the model's outputs, flat). `Signature` maps the model's own calling
-convention to and from that flat form. Weights are shared between clones and replaced, never overwritten.
+The graph is a `torch.fx.Graph` of placeholders (the model's inputs, flat), `get_attr` nodes (weights, one node a
+tensor), ATen or `graphopt::` operators and one output (the model's outputs, flat). `Signature` maps the model's own
+calling convention to and from that flat form. Weights are shared between clones and replaced, never overwritten.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Program:
                 )
 
     def module(self) -> ProgramModule:
-        """Return an eval-mode `nn.Module` with the model's signature, outputs and parameter names; weights are shared."""
+        """Return an eval-mode `nn.Module` with the model's signature, outputs and names; weights are shared."""
         return ProgramModule(self)
 
     def clone(self) -> Program:
@@ -191,7 +191,9 @@ class Program:
 
     def map_weights(self, change: Callable[[str, Tensor], Tensor]) -> Program:
         """Return a clone whose weight called `name` is `change(name, weight)`."""
-        return self._with(graph_module(copy.deepcopy(self.graph), lambda node: change(str(node.target), self.weight(node))))
+        return self._with(
+            graph_module(copy.deepcopy(self.graph), lambda node: change(str(node.target), self.weight(node)))
+        )
 
     def _with(self, module: fx.GraphModule) -> Program:
         return Program(
@@ -344,7 +346,7 @@ def remove_weight(root: nn.Module, name: str) -> None:
 
 
 def fake_value(node: fx.Node) -> Any:
-    """Return the node's abstract value (`meta["val"]`): a FakeTensor, a symbolic int, a constant or a tuple of these."""
+    """Return the node's abstract value, `meta["val"]`: a FakeTensor, a symbolic int, a constant, a tuple of these."""
     return node.meta.get("val")
 
 
@@ -355,7 +357,9 @@ def is_tensor(node: object) -> bool:
 
 def is_floating(node: object) -> bool:
     """True where `node` is an fx node whose value is one floating-point tensor."""
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point()
+    return (
+        isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point()
+    )
 
 
 def static_shape(node: fx.Node) -> tuple[int, ...] | None:

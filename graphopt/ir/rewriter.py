@@ -72,6 +72,7 @@ class Rewriter:
         self.changes = Changes()
         self._keyed: dict[tuple[str, str], Any] = {}
         self._source: dict[str, str] = {}
+        self._tied: dict[str, fx.Node] = {}
         self._replaced: list[fx.Node] = []
         self._rewired: dict[fx.Node, None] = {}
         self._declined: set[Site] = set()
@@ -92,7 +93,9 @@ class Rewriter:
         tensor = self.program.weight(node).detach()
         return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    def insert(self, target: Any, *args: Any, before: fx.Node, origin: Iterable[fx.Node] = (), **kwargs: Any) -> fx.Node:
+    def insert(
+        self, target: Any, *args: Any, before: fx.Node, origin: Iterable[fx.Node] = (), **kwargs: Any
+    ) -> fx.Node:
         """Insert a call before a node; `origin` names the nodes it stands for (default: `before`)."""
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args, kwargs, name=_call_name(target))
@@ -112,13 +115,20 @@ class Rewriter:
 
         Args:
             value: rounded to `dtype` once (floats that become integers are cut, so round codes before); copied.
-            name: dotted; made unique, and `conv.weight.scale` becomes `conv.weight_scale` where `conv.weight` is a tensor.
+            name: dotted; made unique, and `conv.weight.scale` becomes `conv.weight_scale` where `conv.weight` is a
+                tensor.
             dtype: the type it is stored in.
             source: the weight it replaces, whose name it takes when nobody reads that any more.
-            parameter: whether a floating tensor becomes a Parameter or a buffer; None: what its source is, or a Parameter.
+            parameter: whether a floating tensor becomes a Parameter or a buffer; None: what its source is, or a
+                Parameter.
         """
-        unique = self._free_name(name)
         stored = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if source is not None and not dtype.is_floating_point and (known := self._equal_codes(stored)) is not None:
+            first = self._source.setdefault(str(known.target), str(source.target))
+            if first != str(source.target):
+                self._tied[str(source.target)] = known
+            return known
+        unique = self._free_name(name)
         if parameter is None:
             parameter = source is None or isinstance(self.program.weight(source), nn.Parameter)
         if parameter and dtype.is_floating_point:
@@ -135,8 +145,17 @@ class Rewriter:
         self.changes.edits.append(Edit("weight", unique, f"{str(dtype).removeprefix('torch.')}{shape}", self.rule))
         return node
 
+    def _equal_codes(self, codes: Tensor) -> fx.Node | None:
+        """Return the weight that holds the same integers: a table tied before quantization is stored once after."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                known = self.program.weight(node)
+                if known.dtype == codes.dtype and known.shape == codes.shape and torch.equal(known, codes):
+                    return node
+        return None
+
     def once(self, source: fx.Node, key: str, make: Callable[[], Made]) -> Made:
-        """Return `make()`, made once for each (source tensor, key): users of a tied weight that get the same edit share it."""
+        """Return `make()`, made once for each (source tensor, key), so that users of a tied weight share an edit."""
         place = (str(source.target), key)
         if place not in self._keyed:
             self._keyed[place] = make()
@@ -145,7 +164,9 @@ class Rewriter:
     def edit(self, source: fx.Node, key: str, change: Callable[[Tensor], Tensor]) -> fx.Node:
         """Return the node of the weight `change(source)`, shared by all who ask for the edit called `key`."""
         dtype = self.program.weight(source).dtype
-        return self.once(source, key, lambda: self.weight(change(self.value(source)), str(source.target), dtype, source))
+        return self.once(
+            source, key, lambda: self.weight(change(self.value(source)), str(source.target), dtype, source)
+        )
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Make every user of `old` read `new`, save for those that `new` itself is computed from."""
@@ -232,7 +253,10 @@ class Rewriter:
     def _sweep_weights(self) -> None:
         used = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
         root = self.program.graph_module
-        names = [*dict(root.named_parameters(remove_duplicate=False)), *dict(root.named_buffers(remove_duplicate=False))]
+        names = [
+            *dict(root.named_parameters(remove_duplicate=False)),
+            *dict(root.named_buffers(remove_duplicate=False)),
+        ]
         for name in names:
             if name not in used:
                 remove_weight(root, name)
@@ -244,6 +268,7 @@ class Rewriter:
             if name in used and source not in used:
                 self._rename(used.pop(name), source)
                 used[source] = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == source)
+        self.program.aliases |= {k: str(v.target) for k, v in self._tied.items() if k not in used and not v._erased}
         self.program.aliases = {k: v for k, v in self.program.aliases.items() if v in used}
 
     def _rename(self, node: fx.Node, name: str) -> None:
@@ -294,7 +319,7 @@ class Rewriter:
 
 
 def _call_name(target: Any) -> str | None:
-    """Return the operator's bare name, so that an inserted `quantize` is called `quantize_3` here and in every export."""
+    """Return the operator's bare name, so that an inserted `quantize` is `quantize_3` here and in every export."""
     return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
 
 

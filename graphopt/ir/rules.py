@@ -101,8 +101,8 @@ def apply_rules(rules: Iterable[Rule], rewriter: Rewriter, allowed: Callable[[fx
                     firings_left -= 1
                     if sweeps_left < 0 or firings_left < 0:
                         raise RuntimeError(
-                            f"rule {each.name} of {rewriter.author} still fires, now at {node.name}, after many rounds over "
-                            f"a graph of {size} nodes: what it leaves behind matches again"
+                            f"rule {each.name} of {rewriter.author} still fires, now at {node.name}, after many "
+                            f"rounds over a graph of {size} nodes: what it leaves behind matches again"
                         )
                     break
     rewriter.rule = ""
@@ -204,8 +204,8 @@ def number(expected: float | None = None, name: str = "", tolerance: float = 1e-
 def op(names: str, *inputs: Pattern, commutes: bool = False, bind: str = "", **attributes: Any) -> Pattern:
     """Match a call of one of the operators in `names` (separated by `|`) whose leading arguments match `inputs`.
 
-    `commutes` tries the first two inputs both ways; `attributes` are schema arguments that must equal a value or satisfy
-    a predicate; `bind` names the node.
+    `commutes` tries the first two inputs both ways; `attributes` are schema arguments that must equal a value or
+    satisfy a predicate; `bind` names the node.
     """
     wanted = set(names.split("|"))
 

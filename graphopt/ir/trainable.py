@@ -1,12 +1,12 @@
 """Make a quantized Program trainable: float masters and straight-through gradients in the place of integer codes.
 
     dequantize(quantize(x, s, z), s, z)              ->  fake_quantize(x, s, z)
-    dequantize(codes, s, z)                          ->  fake_quantize(master, s, z)     master = dequantize(codes, s, z)
+    dequantize(codes, s, z)                          ->  fake_quantize(master, s, z)    master = dequantize(codes, s, z)
     dequantize(embedding(codes, i), embedding(s, i)) ->  embedding(fake_quantize(master, s), i)
-    dequantize(int32 codes, s, z)                    ->  master          a bias: its grid is as fine as float32
+    dequantize(int32 codes, s, z)                    ->  master      a bias: its grid is as fine as float32
 
-Masters, and scales that are weights, become Parameters. The outputs stay the given program's. A dynamic scale is computed
-from x as before and is a constant to the gradient.
+Masters, and scales that are weights, become Parameters. The outputs stay the given program's. A dynamic scale is
+computed from x as before and is a constant to the gradient.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _parameter(weight: Tensor, learned: bool) -> Tensor:
 
 
 class _Restorer:
-    """Replaces one `dequantize` after the other; equal ones share their replacement, as tied ones share their master."""
+    """Replaces one `dequantize` after the other; equal ones share the replacement, tied ones the master."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -132,7 +132,7 @@ class _Restorer:
 
 
 def _tables(node: fx.Node) -> list[Any]:
-    """Return the weights behind looked-up codes, scale and zero point; [node], which is none, where that is not one look-up.
+    """Return the weights behind looked-up codes, scale and zero point, or [node], which is none, elsewhere.
 
     A table can be quantized before the look-up where each row's scale is looked up as the row is.
     """

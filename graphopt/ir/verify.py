@@ -1,7 +1,7 @@
 """The verifier: what every Program obeys, between any two passes.
 
-Functional operators only, every node with the abstract value that its operator gives, weights as their nodes say, and the
-inputs and outputs the model had. An error shows the node, its neighbours and the user's source line.
+Functional operators only, every node with the abstract value that its operator gives, weights as their nodes say, and
+the inputs and outputs the model had. An error shows the node, its neighbours and the user's source line.
 """
 
 from __future__ import annotations

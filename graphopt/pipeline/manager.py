@@ -77,7 +77,7 @@ def with_requirements(passes: Sequence[Pass]) -> list[tuple[Pass, str]]:
 
 @dataclass
 class _Run:
-    """What lives as long as a run: the captured program, its outputs, and the validator of a stretch of exact passes."""
+    """What lives as long as a run: the captured program, its outputs, the validator of a stretch of exact passes."""
 
     original: Program
     context: Context
@@ -174,15 +174,15 @@ def _all_names(program: Program) -> set[str]:
 
 def _versions(program: Program) -> dict[str, int | None]:
     """Count the writes into each weight, which programs share; tensors made in inference mode keep no count."""
-    return {
-        name: None if weight.is_inference() else weight._version for name, weight in program.weights.items()
-    }
+    return {name: None if weight.is_inference() else weight._version for name, weight in program.weights.items()}
 
 
 def _check_untouched(each: Pass, program: Program, before: dict[str, int | None]) -> None:
     for name, version in _versions(program).items():
         if version != before[name]:
-            raise PassError(f"{each.name} wrote into the weight {name} in place; weights are replaced, never overwritten")
+            raise PassError(
+                f"{each.name} wrote into the weight {name} in place; weights are replaced, never overwritten"
+            )
 
 
 def _first_line(error: Exception) -> str:

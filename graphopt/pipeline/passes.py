@@ -49,7 +49,7 @@ class Pass:
 
     def __post_init__(self) -> None:
         """Check every option against its type; GraphoptError names the pass, the option and what is allowed."""
-        for field, adapter in _adapters(type(self)).items():
+        for field, adapter in _adapters(type(self)).items():  # type: ignore[arg-type]  # a class hashes
             given = getattr(self, field)
             try:
                 value = adapter.validate_python(given)
@@ -148,7 +148,7 @@ def _weights_behind(node: fx.Node) -> list[str] | None:
 
 @functools.cache
 def _adapters(cls: type[Pass]) -> dict[str, TypeAdapter[Any]]:
-    # include_extras: `Annotated[float, Field(gt=0)]` keeps its bounds. NaN and infinity have no literal to be written as.
+    # include_extras: `Annotated[float, Field(gt=0)]` keeps its bounds. NaN and infinity have no literal.
     hints = get_type_hints(cls, include_extras=True)
     config = ConfigDict(allow_inf_nan=False)
     return {

@@ -51,7 +51,9 @@ class Recipe:
             raise GraphoptError(f"{source} must be a mapping with the keys {', '.join(_KEYS)}")
         for key in data:
             if key not in _KEYS:
-                raise GraphoptError(f"{source} has an unknown key {key!r}{nearest(str(key), _KEYS)}; it takes {', '.join(_KEYS)}")
+                raise GraphoptError(
+                    f"{source} has an unknown key {key!r}{nearest(str(key), _KEYS)}; it takes {', '.join(_KEYS)}"
+                )
         entries = data.get("passes")
         if not isinstance(entries, list):
             raise GraphoptError(f"{source} needs `passes`, a list of passes")
@@ -62,13 +64,17 @@ class Recipe:
             except GraphoptError as error:
                 raise type(error)(f"{source}, entry {position}: {error}") from None
         name, description = (data.get(key) for key in ("name", "description"))
-        return Recipe("unnamed" if name is None else str(name), tuple(passes), "" if description is None else str(description))
+        return Recipe(
+            "unnamed" if name is None else str(name), tuple(passes), "" if description is None else str(description)
+        )
 
     def with_option(self, name: str, field: str, value: Any) -> Recipe:
         """Return the recipe with one option of every pass called `name` set."""
         if all(each.name != name for each in self.passes):
             known = [each.name for each in self.passes]
-            raise GraphoptError(f"the recipe {self.name!r} has no pass {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+            raise GraphoptError(
+                f"the recipe {self.name!r} has no pass {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+            )
         return self._map(lambda each: _set(each, field, value) if each.name == name else each)
 
     def keeping_float(self, globs: Sequence[str]) -> Recipe:
@@ -107,10 +113,12 @@ class _Loader(yaml.SafeLoader):
     """The safe loader without anchors: a few lines of nested aliases can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call,unused-ignore]  # typed by types-PyYAML only
         if getattr(event, "anchor", None) is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases are not allowed in a recipe", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[no-any-return]
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases are not allowed in a recipe", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)  # type: ignore[no-any-return,unused-ignore]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -123,17 +131,19 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Read untrusted YAML as plain data, without anchors, up to a megabyte; GraphoptError says what is wrong and where."""
+    """Read untrusted YAML as plain data, without anchors, up to a megabyte; GraphoptError says what is wrong, where."""
     if len(text.encode("utf-8", "replace")) > _MAX_BYTES:
         raise GraphoptError(f"{source} is larger than {_MAX_BYTES >> 20} MB; a recipe is a short list of passes")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise GraphoptError(f"{source} is not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = type(error).__name__ if isinstance(error, RecursionError) or not str(error) else str(error).splitlines()[0]
+        reason = (
+            type(error).__name__ if isinstance(error, RecursionError) or not str(error) else str(error).splitlines()[0]
+        )
         raise GraphoptError(f"{source} is not valid YAML: {reason}") from None
 
 
@@ -170,11 +180,14 @@ def as_recipe(recipe: str | Path | Recipe | Sequence[Pass]) -> Recipe:
             raise GraphoptError(f"cannot read the recipe {str(path)!r}: {error}") from None
     if isinstance(recipe, str):
         return builtin(recipe)
-    if isinstance(recipe, Sequence):
-        for each in recipe:
+    given: Any = recipe
+    if isinstance(given, Sequence) and not isinstance(given, bytes):
+        for each in given:
             if not isinstance(each, Pass):
                 hint = "; call it to construct it" if isinstance(each, type) else ""
                 hint = "; construct it, as in graphopt.passes.Canonicalize()" if isinstance(each, str) else hint
                 raise GraphoptError(f"a recipe given as a list holds passes, not {each!r}{hint}")
-        return Recipe("custom", tuple(recipe))
-    raise GraphoptError(f"recipe must be a name, a YAML file, a Recipe or a list of passes, not {type(recipe).__name__}")
+        return Recipe("custom", tuple(given))
+    raise GraphoptError(
+        f"recipe must be a name, a YAML file, a Recipe or a list of passes, not {type(recipe).__name__}"
+    )

@@ -1,7 +1,7 @@
 """Where passes and backends are found: the entry-point groups `graphopt.passes` and `graphopt.backends`.
 
-An entry point names a class, or a module whose `__all__` lists classes; graphopt's own come the same way. A class from any
-other module is refused: importing the folder `passes` under its bare name would load a second copy of every class.
+An entry point names a class, or a module whose `__all__` lists classes; graphopt's own come the same way. A class from
+any other module is refused: importing the folder `passes` under its bare name would load a second copy of every class.
 """
 
 from __future__ import annotations
@@ -42,13 +42,17 @@ def _classes(entry: EntryPoint) -> list[Any]:
 def _entries(group: str) -> dict[str, Any]:
     entries = list(entry_points(group=group))
     if not entries:
-        raise GraphoptError(f"no entry point of the group {group} is installed; install graphopt with pip (pip install -e .)")
+        raise GraphoptError(
+            f"no entry point of the group {group} is installed; install graphopt with pip (pip install -e .)"
+        )
     packages = {entry.module.partition(".")[0] for entry in entries}
     found: dict[str, Any] = {}
     for each in (cls for entry in entries for cls in _classes(entry)):
         check_home(each, packages)
         if group == PASSES and not (isinstance(each, type) and issubclass(each, Pass) and _is_own_dataclass(each)):
-            raise GraphoptError(f"{each.__name__} of {each.__module__} is no pass; derive a frozen dataclass from graphopt.Pass")
+            raise GraphoptError(
+                f"{each.__name__} of {each.__module__} is no pass; derive a frozen dataclass from graphopt.Pass"
+            )
         known = found.setdefault(each.name, each)
         if known is not each:
             raise GraphoptError(

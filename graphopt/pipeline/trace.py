@@ -1,7 +1,7 @@
 """The trace: what every pass did, as data. Text, JSON and HTML are views of it.
 
-On disk `trace/007_fold_batch_norm.txt` is the program after a pass and `.json` beside it the record; `000_capture` is the
-start.
+On disk `trace/007_fold_batch_norm.txt` is the program after a pass and `.json` beside it the record; `000_capture` is
+the start.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class PassRecord:
 
 
 def _finite(value: Any) -> Any:
-    """Return plain data that JSON can write: infinities as text, since it has none, and what is no plain data as text."""
+    """Return plain data that JSON can write: infinities, which it does not have, as text, and what is not plain too."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.precision import retype, retype_value
+from graphopt.ir.precision import Retyped
 from graphopt.ir.program import Program
 
 _FEW = 4  # floating inputs of so few values are masks or flags, and are redrawn from these values
@@ -92,7 +92,7 @@ def run_seeded(program: Program, flat: list[Any]) -> list[Any]:
 
 
 def resample(program: Program, seed: int, resize: bool = True) -> list[Any]:
-    """Return flat inputs like the example's with other values, symbolic dimensions at another size where they may be."""
+    """Return flat inputs like the example's with other values, symbolic dimensions at another size if they may be."""
     generator = torch.Generator().manual_seed(seed)
     sizes = _second_sizes(program) if resize else {}
     flat = []
@@ -111,7 +111,7 @@ def _redraw(value: Tensor, shape: list[int], generator: torch.Generator) -> Tens
         return value.new_zeros(shape)
     if value.is_complex():
         return torch.randn(shape, generator=generator, dtype=torch.complex128).to(value.dtype)
-    if not value.is_floating_point() or 1 < value.unique().numel() <= _FEW < value.numel():
+    if not value.is_floating_point() or _has_few_values(value):
         index = torch.randint(value.numel(), (math.prod(shape),), generator=generator)
         return value.reshape(-1)[index].reshape(shape)
     wide = value.to(torch.float64)
@@ -121,6 +121,11 @@ def _redraw(value: Tensor, shape: list[int], generator: torch.Generator) -> Tens
         drawn = drawn.abs()  # square roots and logarithms of a model that eats no negative numbers stay defined
     largest = torch.finfo(value.dtype).max
     return drawn.clamp(-largest, largest).to(value.dtype)
+
+
+def _has_few_values(value: Tensor) -> bool:
+    distinct: Tensor = torch.unique(value)
+    return 1 < distinct.numel() <= _FEW < value.numel()
 
 
 def _second_sizes(program: Program) -> dict[Any, int]:
@@ -180,13 +185,13 @@ class Validator:
         self.note = ""
         self._real = True
         example = program.flat_example
-        twin = self._twin(program)
         try:
-            self._reference = [self._run(twin, example)]
+            twin = self._twin(program)
+            self._reference = [_outputs(twin, example)]
         except Exception as error:  # an operator without a float64 kernel
             self._real = False
-            twin = program
-            self._reference = [self._run(twin, example)]
+            twin = self._twin(program)
+            self._reference = [_outputs(twin, example)]
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.note = f"the model does not run in float64 ({reason}); exact passes were checked in its own types"
         self._inputs = [example]
@@ -194,7 +199,7 @@ class Validator:
         self._rounding = 0.0 if self._real else _rounding(program)
         for other in _others(program, seed):
             try:
-                self._reference.append(self._run(twin, other))
+                self._reference.append(_outputs(twin, other))
             except Exception:  # the model asserts things about its inputs that resampling cannot know
                 continue
             self._inputs.append(other)
@@ -210,13 +215,13 @@ class Validator:
     def check(self, program: Program, unrounded: Mapping[str, Tensor]) -> tuple[float, float]:
         """Return (error of the algebra, error of rounding the new weights); `accept` makes `program` the reference."""
         twin = self._twin(program, unrounded)
-        algebra = [self._run(twin, flat) for flat in self._inputs]
+        algebra = [_outputs(twin, flat) for flat in self._inputs]
         error = max(relative_error(new, old) for new, old in zip(algebra, self._reference, strict=True))
         self._pending = algebra
         rounding = 0.0
         if self._real and any(not _same_value(unrounded[name], program.weight(name)) for name in unrounded):
             twin = self._twin(program)
-            self._pending = [self._run(twin, flat) for flat in self._inputs]
+            self._pending = [_outputs(twin, flat) for flat in self._inputs]
             rounding = max(relative_error(new, old) for new, old in zip(self._pending, algebra, strict=True))
         return error, rounding
 
@@ -224,30 +229,37 @@ class Validator:
         """Make the outputs of the last check the reference."""
         self._reference = self._pending
 
-    def first_difference(
-        self, old: Program, new: Program, unrounded: Mapping[str, Tensor], tolerance: float
-    ) -> str:
+    def first_difference(self, old: Program, new: Program, unrounded: Mapping[str, Tensor], tolerance: float) -> str:
         """Return the first node, by name in both programs, whose value differs, else the first output that does."""
-        twins = self._twin(old), self._twin(new, unrounded)
+        twins = self._twin(old, keep=True), self._twin(new, unrounded, keep=True)
         for flat in self._inputs:
-            before, after = (_Recorder(twin) for twin in twins)
-            outputs = [each.record([self._typed(value) for value in flat]) for each in (before, after)]
-            for name, value in after.values.items():
-                if name in before.values and relative_error([value], [before.values[name]]) > tolerance:
+            outputs = [_outputs(twin, flat) for twin in twins]
+            before, after = (_values(twin) for twin in twins)
+            for name, value in after.items():
+                if name in before and not relative_error([value], [before[name]]) <= tolerance:
                     return name
             for index, (was, now) in enumerate(zip(*outputs, strict=True)):
                 if not relative_error([now], [was]) <= tolerance:
                     return f"output {index}"
         return ""
 
-    def _twin(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> Program:
-        return retype(program, torch.float64, weights) if self._real else program
+    def _twin(
+        self, program: Program, weights: Mapping[str, Tensor] | None = None, keep: bool = False
+    ) -> fx.Interpreter:
+        if self._real:
+            return Retyped(program, torch.float64, weights, keep)
+        return fx.Interpreter(program.graph_module, garbage_collect_values=not keep)
 
-    def _typed(self, value: Any) -> Any:
-        return retype_value(value, torch.float64) if self._real else value
 
-    def _run(self, twin: Program, flat: list[Any]) -> list[Any]:
-        return run_seeded(twin, [self._typed(value) for value in flat])
+def _outputs(twin: fx.Interpreter, flat: list[Any]) -> list[Any]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return twin.outputs(flat) if isinstance(twin, Retyped) else list(twin.run(*flat))
+
+
+def _values(twin: fx.Interpreter) -> dict[str, Any]:
+    """Return the values of the last run's calls by node name, in order."""
+    return {node.name: value for node, value in twin.env.items() if node.op == "call_function"}
 
 
 def _others(program: Program, seed: int) -> Iterator[list[Any]]:
@@ -266,22 +278,3 @@ def _rounding(program: Program) -> float:
 
 def _same_value(unrounded: Tensor, stored: Tensor) -> bool:
     return torch.equal(unrounded, stored.detach().to(torch.float64))
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a program and keeps every tensor by node name."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module, garbage_collect_values=False)
-        self.values: dict[str, Tensor] = {}
-
-    def record(self, flat: list[Any]) -> list[Any]:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return list(self.run(*flat))
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op == "call_function":
-            self.values[n.name] = value
-        return value

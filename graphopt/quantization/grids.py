@@ -4,8 +4,9 @@ An integer grid of b bits holds the codes `code_min .. code_max`; a real value x
 
     code = clamp(round_half_even(x / scale) + zero_point, code_min, code_max)        x ~ (code - zero_point) * scale
 
-with the rounding of ONNX QuantizeLinear. Codes are stored one element each in the smallest of int8, uint8, int16, uint16
-and int32 that holds them; packing is a matter of the backend. Grids are found by name: a new grid adds no operator.
+with the rounding of ONNX QuantizeLinear. Codes are stored one element each in the smallest of int8, uint8, int16,
+uint16 and int32 that holds them; packing is a matter of the backend. Grids are found by name: a new grid adds no
+operator.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def register_grid(grid: IntegerGrid) -> IntegerGrid:
 def grid(name: str) -> IntegerGrid:
     """Return the grid called `name`; an unknown name raises GraphoptError with the nearest known one."""
     if name not in _GRIDS:
-        raise GraphoptError(f"there is no grid called {name!r}{nearest(name, _GRIDS)}; known grids: {', '.join(_GRIDS)}")
+        raise GraphoptError(
+            f"there is no grid called {name!r}{nearest(name, _GRIDS)}; known grids: {', '.join(_GRIDS)}"
+        )
     return _GRIDS[name]
 
 

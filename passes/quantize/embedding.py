@@ -28,6 +28,8 @@ class QuantizeEmbedding(LossyPass):
         rewriter = Rewriter(program, self.name)
         for node in [node for node in program.graph.nodes if operator(node) == "embedding"]:
             table = arguments(node)["weight"]
+            if any(operator(user) == "graphopt.dequantize" for user in node.users):
+                continue  # the codes or scales of a table that is quantized already
             if reason := self.refusal(program, node) or _unfit(program, table):
                 rewriter.decline(node, reason)
                 continue

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating
+from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating, operator
 from graphopt.pipeline import Context, Pass
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -29,6 +29,8 @@ class RetypeFloats(Pass):
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
         narrow = [node for node in program.graph.nodes if is_floating(node) and node.meta["val"].dtype in _NARROW]
+        if all(_is_border(node) for node in narrow):
+            return rewriter.finish()
         calls = [node for node in program.graph.nodes if node.op == "call_function"]
         outputs = [(node, node.meta["val"].dtype) for node in dict.fromkeys(program.outputs) if node in narrow]
         for node in narrow:
@@ -52,6 +54,12 @@ class RetypeFloats(Pass):
             if node.op == "call_function":
                 back = rewriter.insert(torch.ops.aten._to_copy.default, node, before=end, origin=[node], dtype=dtype)
                 rewriter.redirect(end, node, back)
-        if narrow:
-            rewriter.touch("program", f"{len(narrow)} values widened to float32")
+        rewriter.touch("program", f"{len(narrow)} values widened to float32")
         return rewriter.finish()
+
+
+def _is_border(node: fx.Node) -> bool:
+    """True for an input that is only cast or returned, and for a cast that is only returned."""
+    if node.op == "placeholder":
+        return all(user.op == "output" or operator(user) == "_to_copy" for user in node.users)
+    return operator(node) == "_to_copy" and all(user.op == "output" for user in node.users)

@@ -277,9 +277,10 @@ def test_parameters_of_the_wrong_shape_are_refused(
     x = torch.randn(4, 6)
     with pytest.raises(ValueError, match="has shape"):
         dialect.quantize(x, scale, zero_point, axis, group_size, "int8")
-    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ValueError, match="has shape"):
+    with torch._subclasses.FakeTensorMode() as mode:
         fake = [None if each is None else mode.from_tensor(each) for each in (x, scale, zero_point)]
-        dialect.quantize(*fake, axis, group_size, "int8")
+        with pytest.raises(ValueError, match="has shape"):
+            dialect.quantize(*fake, axis, group_size, "int8")
 
 
 def test_unknown_grid_and_table_are_refused() -> None:
@@ -310,7 +311,12 @@ def test_a_new_grid_needs_no_new_operator(monkeypatch: pytest.MonkeyPatch) -> No
 
 # ONNX Runtime -------------------------------------------------------------------------------------------------
 
-_ONNX = {np.float32: TensorProto.FLOAT, np.uint8: TensorProto.UINT8, np.int8: TensorProto.INT8, np.int32: TensorProto.INT32}
+_ONNX = {
+    np.float32: TensorProto.FLOAT,
+    np.uint8: TensorProto.UINT8,
+    np.int8: TensorProto.INT8,
+    np.int32: TensorProto.INT32,
+}
 
 
 def run_onnx(operator: str, inputs: list[NDArray], outputs: list[type], **attributes: int) -> list[NDArray]:
@@ -453,7 +459,9 @@ def test_export_with_symbolic_shapes_and_decomposition() -> None:
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
     exported = torch.export.export(module, (x,), dynamic_shapes=shapes)
     targets = {str(node.target) for node in exported.graph.nodes}
-    assert {f"graphopt.{name}.default" for name in ("quantize", "dequantize", "dynamic_scale", "fake_quantize")} <= targets
+    assert {
+        f"graphopt.{name}.default" for name in ("quantize", "dequantize", "dynamic_scale", "fake_quantize")
+    } <= targets
     plain = exported.run_decompositions(dialect.decomposition_table())
     assert not [node for node in plain.graph.nodes if "graphopt" in str(node.target)]
     for shape in ((2, 3, 6), (5, 7, 6)):
@@ -476,7 +484,9 @@ def test_decompositions_equal_the_operators(case: Case) -> None:
     assert torch.equal(
         table[dialect.fake_quantize](case.x, *case.parameters), dialect.fake_quantize(case.x, *case.parameters)
     )
-    for ours, theirs in zip(table[dialect.dynamic_scale](case.x, *where), dialect.dynamic_scale(case.x, *where), strict=True):
+    for ours, theirs in zip(
+        table[dialect.dynamic_scale](case.x, *where), dialect.dynamic_scale(case.x, *where), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import capture
 from graphopt.ir import Program, dialect, operator, retype
-from graphopt.ir.precision import retype_tree, retype_value, retyped_arguments
+from graphopt.ir.precision import Retyped, retype_tree, retype_value, retyped_arguments
 
 WIDE = torch.float64
 
@@ -53,7 +53,13 @@ class Factories(nn.Module):
         n = x.shape[0]
         made = torch.full((n,), 0.1) + torch.linspace(0, 1, n) + torch.arange(0.0, n) + torch.eye(n)[0]
         made = made + torch.scalar_tensor(0.1) + torch.ones(n, dtype=torch.bfloat16) + torch.zeros(n)
-        return made + x, torch.full_like(x, 0.1), x.new_full((2,), 0.1), torch.arange(n), torch.zeros(n, dtype=torch.int32)
+        return (
+            made + x,
+            torch.full_like(x, 0.1),
+            x.new_full((2,), 0.1),
+            torch.arange(n),
+            torch.zeros(n, dtype=torch.int32),
+        )
 
 
 def test_factories() -> None:
@@ -194,6 +200,21 @@ def test_weights_may_be_overridden_and_the_program_stays() -> None:
     torch.testing.assert_close(twin(x.double()), x.double() @ exact.t() + module.bias.double())
     narrow = retype(twin, torch.bfloat16)
     assert narrow(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_running_retyped_equals_retyping(keep: bool) -> None:
+    module, i = FromIntegers(), torch.arange(4)
+    program = captured(module, i)
+    exact = {"linear.weight": torch.randn(4, 4, dtype=WIDE)}
+    for weights in (None, exact):
+        twin = retype(program, WIDE, weights)
+        with torch.no_grad():
+            expected = twin.run([i])
+        runner = Retyped(program, WIDE, weights, keep)
+        for _ in range(2):
+            assert all(map(torch.equal, runner.outputs([i]), expected))
+    assert program.weight("linear.weight").dtype == torch.float32
 
 
 def test_values_and_trees() -> None:

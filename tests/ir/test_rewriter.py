@@ -195,6 +195,24 @@ def test_codes_take_the_name_of_the_weight_they_replace(program: Program) -> Non
     assert set(clone.module().state_dict()) == {*program.module().state_dict()}
 
 
+def test_equal_codes_are_stored_once_under_every_name_they_replace(program: Program) -> None:
+    clone = program.clone()
+    rewriter = Rewriter(clone, "test")
+    first, _, third = linears(clone)
+    old = [arguments(node)["weight"] for node in (first, third)]
+    codes = [rewriter.weight(torch.ones(4, 4), str(node.target), torch.int8, node) for node in old]
+    other = rewriter.weight(torch.zeros(4, 4), "third.weight", torch.int8, old[1])
+    assert codes[0] is codes[1]
+    assert other is not codes[0]
+    for before in old:
+        wide = rewriter.insert(aten._to_copy.default, codes[0], before=first, dtype=torch.float32)
+        rewriter.replace(before, wide)
+    rewriter.finish()
+    verify(clone, program)
+    assert clone.aliases == {"second.weight": "first.weight", "third.weight": "first.weight"}
+    assert set(clone.module().state_dict()) == set(program.module().state_dict())
+
+
 def test_names_with_dots_next_to_modules_survive_a_clone(program: Program) -> None:
     rewriter = Rewriter(program, "test")
     third = linears(program)[2]
@@ -368,6 +386,17 @@ def test_values_downstream_of_a_change_are_refreshed() -> None:
     assert next(node for node in before.graph.nodes if node.name == "relu").meta["val"].dtype == torch.float32
 
 
+def test_values_downstream_of_a_replacement_are_refreshed() -> None:
+    program = capture(Chain(), (torch.randn(4, 3), torch.randn(3)))
+    rewriter = Rewriter(program, "test")
+    relu, mul = named(program, "relu"), named(program, "mul")
+    rewriter.replace(relu, rewriter.insert(aten._to_copy.default, relu, before=mul, dtype=torch.float64))
+    rewriter.finish()
+    verify(program)
+    assert relu.meta["val"].dtype == torch.float32
+    assert mul.meta["val"].dtype == torch.float64
+
+
 def test_shapes_downstream_of_a_change_are_refreshed_with_symbols() -> None:
     program = capture(Chain(), (torch.randn(4, 3), torch.randn(3)), ({0: Dim("n", min=2)}, None))
     rewriter = Rewriter(program, "test")
@@ -418,3 +447,14 @@ def test_refresh_and_verify_500_nodes_quickly() -> None:
     verify(program)
     # Measured 0.3 s; the bound allows for a slow machine and still catches a quadratic algorithm.
     assert time.process_time() - started < 3
+
+
+def test_strides_downstream_of_a_change_are_refreshed() -> None:
+    """Same shape and type, another layout: what follows must not believe it can be viewed."""
+    program = capture(nn.ReLU(), (torch.randn(4, 4),))
+    rewriter = Rewriter(program, "test")
+    (relu,) = program.outputs
+    x = program.placeholders[0]
+    rewriter.redirect(relu, x, rewriter.insert(aten.permute.default, x, [1, 0], before=relu))
+    rewriter.finish()
+    assert relu.meta["val"].stride() == (1, 4)

@@ -10,7 +10,19 @@ from torch import Tensor, fx, nn
 
 from graphopt import capture
 from graphopt.ir import (
-    Match, Program, Rewriter, Rule, apply_rules, arguments, constant, finite, floating, operator, rule, sole_user, verify,
+    Match,
+    Program,
+    Rewriter,
+    Rule,
+    apply_rules,
+    arguments,
+    constant,
+    finite,
+    floating,
+    operator,
+    rule,
+    sole_user,
+    verify,
 )  # fmt: skip
 from graphopt.ir.rules import anything, either, matching, number, op
 
@@ -84,7 +96,9 @@ def test_rules_run_to_a_fixpoint(program: Program) -> None:
 def test_a_rule_may_make_room_for_one_before_it(program: Program) -> None:
     """`merge` fits only after `drop` has removed what stands between."""
 
-    @rule(match=matching(op("mul", op("add", anything("x"), number(1.0)), anything("gain"), bind="root", commutes=True)))
+    @rule(
+        match=matching(op("mul", op("add", anything("x"), number(1.0)), anything("gain"), bind="root", commutes=True))
+    )
     def drop(match: Match, rewriter: Rewriter) -> None:
         rewriter.replace(match.node("root"), match.node("x"))
 
@@ -150,7 +164,9 @@ def test_a_rule_that_turns_in_a_circle_is_stopped(program: Program) -> None:
         rewriter.replace(match.root, rewriter.insert(other, source, before=match.root))
 
     rewriter = Rewriter(program, "circle")
-    with pytest.raises(RuntimeError, match="rule flip of circle still fires, now at .*: what it leaves behind matches again"):
+    with pytest.raises(
+        RuntimeError, match=r"rule flip of circle still fires, now at .*: what it leaves behind matches again"
+    ):
         apply_rules([flip], rewriter)
 
 

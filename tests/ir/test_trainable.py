@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -54,7 +53,9 @@ def quantize_weights(rewriter: Rewriter) -> None:
             column = rewriter.weight(scale[:, None], "table.row_scale", torch.float32)
             rows = rewriter.insert(node.target, codes, named["indices"], before=node)
             scales = rewriter.insert(node.target, column, named["indices"], before=node)
-            rewriter.replace(node, rewriter.insert(dialect.dequantize, rows, scales, None, None, -1, -1, "int8", before=node))
+            rewriter.replace(
+                node, rewriter.insert(dialect.dequantize, rows, scales, None, None, -1, -1, "int8", before=node)
+            )
             continue
         reader = rewriter.weight(scale, f"{source.target}_scale", torch.float32)
         changes = {"weight": rewriter.insert(dialect.dequantize, codes, reader, None, None, 0, 0, "int8", before=node)}
@@ -95,7 +96,7 @@ def captured() -> Program:
 
 
 @pytest.fixture(params=[False, True], ids=["static", "dynamic"])
-def quantized(captured: Program, request: pytest.FixtureRequest) -> Iterator[Program]:
+def quantized(captured: Program, request: pytest.FixtureRequest) -> Program:
     program = captured.clone()
     rewriter = Rewriter(program, "test")
     quantize_weights(rewriter)
@@ -104,7 +105,7 @@ def quantized(captured: Program, request: pytest.FixtureRequest) -> Iterator[Pro
     rewriter.finish()
     verify(program)
     assert len(calls(program, "graphopt.dequantize")) == 6
-    yield program
+    return program
 
 
 def test_outputs_are_the_same_and_no_codes_are_left(quantized: Program) -> None:
@@ -220,7 +221,9 @@ def test_types_of_value_and_scale_differ(dtypes: tuple[str, str]) -> None:
     scale = rewriter.weight(torch.rand(3) * 0.02 + 0.001, "s", scale_type)
     codes = rewriter.insert(dialect.quantize, relu, scale, None, 1, 0, "uint8", before=relu.next)
     end = program.graph.output_node()
-    rewriter.redirect(end, relu, rewriter.insert(dialect.dequantize, codes, scale, None, None, 1, 0, "uint8", before=end))
+    rewriter.redirect(
+        end, relu, rewriter.insert(dialect.dequantize, codes, scale, None, None, 1, 0, "uint8", before=end)
+    )
     rewriter.finish()
     result = trainable(program)
     verify(result)

@@ -88,6 +88,19 @@ def stale_value(program: Program) -> str:
     return r"relu: its operator gives f16\[2, 3\], the node says f32\[2, 3\]"
 
 
+def stale_downstream(program: Program) -> str:
+    """One value was brought up to date and the next was not; the second call itself is as it was."""
+    linear, relu = find(program, "linear"), find(program, "relu")
+    with program.graph.inserting_before(relu):
+        half = program.graph.call_function(aten._to_copy.default, (linear,), {"dtype": torch.float16})
+    half.meta["val"] = relu.meta["val"] = tensor_like(linear, 2, 3, dtype=torch.float16)
+    relu.replace_input_with(linear, half)
+    add = find(program, "add")
+    add.args = (relu, 1)
+    add.meta["val"] = tensor_like(linear, 2, 3, dtype=torch.float16)
+    return r"topk: its operator gives \(f16\[2, 2\], i64\[2, 2\]\), the node says \(f32\[2, 2\], i64\[2, 2\]\)"
+
+
 def refused_inputs(program: Program) -> str:
     linear = find(program, "linear")
     linear.args = (linear.args[0], find(program, "steps"), linear.args[2])
@@ -198,7 +211,7 @@ def extra_input(program: Program) -> str:
 
 
 ALONE = (
-    mutate, no_value, input_without_value, wrong_shape, wrong_dtype, stale_value, refused_inputs, wrong_item, swapped_items,
+    mutate, no_value, input_without_value, wrong_shape, wrong_dtype, stale_value, stale_downstream, refused_inputs, wrong_item, swapped_items,
     missing_weight, weight_of_another_shape, weight_of_another_dtype, weight_read_by_two_nodes, stray_weight, python_function,
     higher_order, module_call, wrong_order,
 )  # fmt: skip
