@@ -35,7 +35,7 @@ class Budget:
         for name, bound in given.items():
             if isinstance(bound, bool) or not isinstance(bound, Real) or not math.isfinite(bound) or bound < 0:
                 raise GraphoptError(f"budget.{name} must be a number, finite and not negative, not {bound!r}")
-            object.__setattr__(self, name, bound if type(bound) is int else float(bound))
+            object.__setattr__(self, name, float(bound))
 
     def bounds(self) -> dict[str, float]:
         """Return the bounds that were given."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +22,7 @@ from graphopt.backends.onnx.compare import max_steps, output_scales, run_onnx, s
 from graphopt.backends.onnx.fusion import check_fusion
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
+from graphopt.backends.onnx.naming import input_names
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
 from graphopt.backends.onnx.timing import measure
@@ -41,13 +44,25 @@ class OnnxBackend:
 
     def lower(self, program: Program, path: Path) -> int:
         """Write `program` to `path` atomically (weights beyond 1.5 GiB to `path.data`) and return the opset."""
+        with self._written(program, path) as (_, opset):
+            return opset
+
+    @contextlib.contextmanager
+    def _written(self, program: Program, path: Path) -> Iterator[tuple[Path, int]]:
+        """Yield a temporary file and its opset; it takes its place when all goes well, else nothing is left."""
+        if path.is_dir():
+            raise GraphoptError(f"{path} is a folder; name a file in it, as in {path / 'model.onnx'}")
         model = lower(program)
         weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-        external = f"{path.name}.data" if weight_bytes > _EXTERNAL_BYTES else None
-        with replacing_folder_content(path.parent, [path.name, f"{path.name}.data"]) as folder:
-            ir.save(model, folder / path.name, external_data=external)
+        data = f"{path.name}.data"
+        with replacing_folder_content(path.parent, [path.name, data]) as folder:
+            ir.save(model, folder / path.name, external_data=data if weight_bytes > _EXTERNAL_BYTES else None)
             self._check(folder / path.name)
-        return model.opset_imports[""]
+            try:
+                yield folder / path.name, model.opset_imports[""]
+            except GraphoptError as error:
+                # The user knows the file by the name that it was to have.
+                raise GraphoptError(str(error).replace(str(folder / path.name), str(path))) from error
 
     @staticmethod
     def _check(path: Path) -> None:
@@ -64,20 +79,24 @@ class OnnxBackend:
         return list(run_onnx(path, dict(zip(names, arrays, strict=True))).values())
 
     def export(self, program: Program, path: Path, baseline: Program | None, measure: bool) -> ExportReport:
-        """Lower to `path`, prove what fused, compare with `program` (steps) and `baseline` (SQNR), and measure both."""
-        opset = self.lower(program, path)
-        fusion = check_fusion(path)
-        report = ExportReport(path, _file_bytes(path), opset, dict(fusion.fused), list(fusion.unfused))
+        """Lower to `path`, prove what fused, compare with `program` (steps) and `baseline` (SQNR), and measure both.
+
+        The file appears when all of this has succeeded.
+        """
+        with self._written(program, path) as (file, opset):
+            report = _proven(program, file, opset)
+            if baseline is None:
+                report.notes.append("the float model is not at hand, so nothing was compared with it")
+            else:
+                self._compare(report, program, baseline, measure)
+        report.path = path
+        return report
+
+    def _compare(self, report: ExportReport, program: Program, baseline: Program, measure: bool) -> None:
         feeds = feeds_of(program)
-        emulated = _torch_outputs(program)
-        written = list(run_onnx(path, feeds).values())
-        report.max_steps = _steps(path, emulated, written)
-        if baseline is None:
-            report.notes.append("the float model is not at hand, so nothing was compared with it")
-            return report
-        report.sqnr_db = _worst_sqnr(_torch_outputs(baseline), written)
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            reference = Path(folder) / "float.onnx"
+        report.sqnr_db = _worst_sqnr(_torch_outputs(baseline), list(run_onnx(report.path, feeds).values()))
+        with scratch() as folder:
+            reference = folder / "float.onnx"
             try:
                 self.lower(baseline, reference)
                 report.baseline_size_bytes = _file_bytes(reference)
@@ -85,7 +104,6 @@ class OnnxBackend:
                     self._measure(report, reference, feeds)
             except GraphoptError as error:
                 report.notes.append(f"there is no float file to compare with: {error}")
-        return report
 
     @staticmethod
     def _measure(report: ExportReport, reference: Path, feeds: dict[str, Any]) -> None:
@@ -101,10 +119,32 @@ class OnnxBackend:
         return measure(paths, threads)
 
 
+def _proven(program: Program, file: Path, opset: int) -> ExportReport:
+    """Return what the runtime makes of the file, and how far it is from the torch emulation."""
+    fusion = check_fusion(file)
+    report = ExportReport(file, _file_bytes(file), opset, dict(fusion.fused), list(fusion.unfused))
+    report.max_steps = _steps(file, _torch_outputs(program), list(run_onnx(file, feeds_of(program)).values()))
+    return report
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a temporary folder; GraphoptError where there is none to be had."""
+    try:
+        folder = tempfile.mkdtemp(prefix="graphopt-")
+    except OSError as error:
+        reason = error.strerror or error
+        raise GraphoptError(f"there is no folder for temporary files: {reason}; set TMPDIR to one") from error
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def feeds_of(program: Program) -> dict[str, Any]:
     """Return the example inputs as ONNX feeds, by name."""
-    pairs = zip(program.signature.inputs, program.flat_example, strict=True)
-    return {name: _array(value) for name, value in pairs if isinstance(value, Tensor)}
+    tensors = [value for value in program.flat_example if isinstance(value, Tensor)]
+    return {name: _array(value) for name, value in zip(input_names(program), tensors, strict=True)}
 
 
 def _array(value: Any) -> Any:

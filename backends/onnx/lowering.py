@@ -2,8 +2,8 @@
 
 Through torch.onnx with a translation table for the dialect, not straight to onnx-ir: the exporter knows several hundred
 ATen operators at every opset, and Q/DQ are already where they belong, so all that is ours is a handful of operators
-(`translation`), names (`naming`) and the clean-up (`cleanup`). The exporter's optimizer runs after our clean-up, because it would
-fold the transposed weights under names nobody knows.
+(`translation`), names (`naming`) and the clean-up (`cleanup`). The exporter's optimizer runs after our clean-up, because
+it would fold the transposed weights under names nobody knows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import fx
 
 from graphopt.backends.onnx import packing
 from graphopt.backends.onnx.cleanup import clean
-from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_after
+from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_after, name_merged
 from graphopt.backends.onnx.translation import refuse, single_out_global_pools, translation_table
 from graphopt.backends.onnx.trim import share_zero_points, trim
 from graphopt.errors import GraphoptError
@@ -44,6 +44,7 @@ def lower(program: Program) -> ir.Model:
     with _quiet():
         onnxscript.optimizer.optimize_ir(model, onnx_shape_inference=False)
     forget_metadata(model)
+    name_merged(model)
     trim(model)
     model.producer_name = "graphopt"
     model.producer_version = None
@@ -73,7 +74,7 @@ def _export(program: Program, opset: int) -> ir.Model:
     except Exception as error:  # the exporter wraps whatever goes wrong inside it
         raise GraphoptError(_why(program, error)) from error
     assert made is not None
-    return made.model  # type: ignore[return-value, unused-ignore]
+    return made.model
 
 
 def _why(program: Program, error: Exception) -> str:
@@ -87,10 +88,8 @@ def _why(program: Program, error: Exception) -> str:
     node = _failed(program, text)
     if node is not None and "No ONNX function found" in text:
         where = source_line(node)
-        return (
-            f"ONNX has no form for the operator {node.target}{f' at {where}' if where else ''}; replace it in the model "
-            "by operators that ONNX has"
-        )
+        place = f" at {where}" if where else ""
+        return f"ONNX has no form for the operator {node.target}{place}; replace it in the model by operators that ONNX has"
     first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
     where = f" at {node.name}{f' ({source_line(node)})' if source_line(node) else ''}" if node is not None else ""
     return f"torch.onnx could not export the program{where}: {first}"

@@ -1,12 +1,13 @@
 """Names a user recognises in the ONNX file, and where every operator comes from.
 
 Inputs are called as the model's forward calls them, outputs after the keys of what it returns, weights as in the state
-dict, symbolic dimensions as the user called them, nodes and values as in the trace: the operator `linear_3` of the trace is
-the node `linear_3`, or, where ONNX needs several nodes for it, `linear_3/MatMul` and so on. Metadata tells each node's module,
-and the pass and captured nodes it comes from; no source paths, which would tell the user's customers about the user's disk.
+dict, symbolic dimensions as the user called them, nodes and values as in the trace: the operator `linear_3` of the trace
+is the node `linear_3`, or, where ONNX needs several nodes for it, `linear_3/MatMul` and so on. Metadata tells each node's
+module, and the pass and captured nodes it comes from; no source paths, which would tell the user's customers about the
+user's disk.
 
-The exporter traces the graph once more and numbers its nodes anew, so names do not connect its nodes with the program's. What
-it carries along faithfully is each node's stack trace, into the file's metadata: `mark` puts the node's name there.
+The exporter traces the graph once more and numbers its nodes anew, so names do not connect its nodes with the program's.
+What it carries along faithfully is each node's stack trace, into the file's metadata: `mark` puts the node's name there.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -41,7 +42,10 @@ def marked(text: str) -> str:
 
 
 def name_after(program: Program, model: ir.Model) -> None:
-    """Rename inputs, outputs, nodes, values and dimensions of `model`, exported from `mark`ed operators; set its metadata."""
+    """Give inputs, outputs, nodes, values and dimensions of `model` their names, and set its metadata.
+
+    The model is the export of a program whose operators were `mark`ed.
+    """
     sources = {node: marked(node.metadata_props.get(_STACK_TRACE, "")) for node in model.graph}
     forget_metadata(model, keep=frozenset())
     taken: set[str] = set()
@@ -49,6 +53,16 @@ def name_after(program: Program, model: ir.Model) -> None:
     _name_operators(program, model, sources, taken)
     _name_outputs(program, model, taken)
     _name_dimensions(program, model)
+
+
+def name_merged(model: ir.Model) -> None:
+    """Call the nodes that the exporter's optimizer made after what they compute."""
+    taken = {node.name for node in model.graph}
+    for node in model.graph:
+        name = node.outputs[0].name
+        if (node.name or "node_").startswith("node_") and name and name not in taken:
+            node.name = name
+            taken.add(name)
 
 
 def forget_metadata(model: ir.Model, keep: frozenset[str] = _OURS) -> None:
@@ -85,7 +99,10 @@ def _name_operators(program: Program, model: ir.Model, sources: dict[ir.Node, st
     known = {node.name: node for node in program.graph.nodes}
     names = {name: _unique(name, taken) for name in dict.fromkeys(sources.values()) if name}
     # Of several nodes with results the last one gets the plain name.
-    final = {sources[node]: node for node in model.graph if any(_leaves(value, sources[node], sources) for value in node.outputs)}
+    final: dict[str, ir.Node] = {}
+    for node in model.graph:
+        if any(_leaves(value, sources[node], sources) for value in node.outputs):
+            final[sources[node]] = node
     for node in model.graph:
         source = known.get(sources[node])
         if source is None:
@@ -95,7 +112,7 @@ def _name_operators(program: Program, model: ir.Model, sources: dict[ir.Node, st
             continue
         last = final.get(source.name) is node
         node.name = names[source.name] if last else _unique(f"{source.name}/{node.op_type}", taken)
-        parts = _parts(source, len(node.outputs)) if last else {}
+        parts = _parts(source, node) if last else {}
         for index, value in enumerate(node.outputs):
             if len(node.outputs) == 1:
                 value.name = node.name
@@ -112,12 +129,13 @@ def _leaves(value: ir.Value, source: str, sources: dict[ir.Node, str]) -> bool:
     return value.is_graph_output() or any(sources.get(reader) != source for reader, _ in value.uses())
 
 
-def _parts(source: fx.Node, count: int) -> dict[int, str]:
+def _parts(source: fx.Node, node: ir.Node) -> dict[int, str]:
     """Return the names of the program's nodes that take the parts of an operator with several results."""
     users = [user for user in source.users if user.op == "call_function" and user.args[:1] == (source,)]
-    if count == 1 or any(getattr(user.target, "__name__", "") != "getitem" for user in users):
+    if len(node.outputs) == 1 or any(getattr(user.target, "__name__", "") != "getitem" for user in users):
         return {}
-    return {int(user.args[1]): user.name for user in reversed(users)}  # type: ignore[arg-type]
+    codes = node.op_type == "DynamicQuantizeLinear"  # gives the codes first, which the program computes by itself
+    return {int(user.args[1]) + codes: user.name for user in reversed(users)}  # type: ignore[arg-type]
 
 
 def _tell_origin(source: fx.Node, node: ir.Node) -> None:
@@ -131,7 +149,7 @@ def _tell_origin(source: fx.Node, node: ir.Node) -> None:
 
 
 def _name_outputs(program: Program, model: ir.Model, taken: set[str]) -> None:
-    """Call outputs after their keys; an output that is an input, a weight or another output gets an Identity of its own."""
+    """Call outputs after their keys; one that is an input, a weight or another output gets an Identity."""
     names = [name for name, value in zip(output_names(program), program.outputs, strict=True) if is_tensor(value)]
     seen: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
     for position, name in enumerate(names):
@@ -180,8 +198,7 @@ def dimension_names(program: Program) -> dict[str, str]:
     names = dict(program.dimension_names)
     pairs = zip(program.signature.inputs, program.placeholders, strict=True)
     for name, node in [(name, node) for name, node in pairs if is_tensor(node)]:
-        value: Tensor = node.meta["val"]
-        for axis, size in enumerate(value.shape):
+        for axis, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                 names.setdefault(str(size.node.expr), f"{name}_dim_{axis}")
     return names

@@ -1,7 +1,8 @@
 """Weights of two to four bits, several in a byte.
 
-A program holds a code in a byte. The file holds codes of up to four bits as INT4 or UINT4, those of two bits as INT2 or UINT2
-where the installed onnx knows these types. Codes that an integer kernel reads stay in their byte: it takes eight bits only.
+A program holds a code in a byte. The file holds codes of up to four bits as INT4 or UINT4, those of two bits as INT2 or
+UINT2 where the installed onnx knows these types. Codes that an integer kernel reads stay in their byte: it takes eight
+bits only.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ def _feeds_integer_kernel(dequantize: ir.Node) -> bool:
     """True where the weight meets a dequantized activation."""
     for reader, index in dequantize.outputs[0].uses():
         other = producer(reader, 0)
-        if reader.op_type in ("MatMul", "Gemm", "Conv") and index == 1 and other is not None:
-            if other.op_type == "DequantizeLinear" and not constant_dequantize(other):
-                return True
+        product = reader.op_type in ("MatMul", "Gemm", "Conv") and index == 1
+        if product and other is not None and other.op_type == "DequantizeLinear" and not constant_dequantize(other):
+            return True
     return False
 
 

@@ -1,6 +1,6 @@
 """Target profiles of ONNX Runtime: what its CPU execution provider runs on integers.
 
-Read off the runtime's QDQ selectors and confirmed by dumping optimized graphs; `check_fusion` proves every export again.
+Read off the runtime's QDQ selectors and confirmed by dumping optimized graphs; `check_fusion` proves each export.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ONNXRUNTIME_CPU = Target(
         "avg_pool2d": "the integer average pool is an order of magnitude slower than the float one",
         "avg_pool3d": "the integer average pool is an order of magnitude slower than the float one",
         "softmax": "the integer softmax is several times slower than the float one",
-        "scaled_dot_product_attention": "attention scores stay float: quantizing them costs accuracy and breaks the fused operator",
+        "scaled_dot_product_attention": "attention scores stay float: quantized, they cost accuracy and break the fused operator",
         "matmul": "products of two activations stay float: both ranges would be unknown to the weights",
         "bmm": "products of two activations stay float: both ranges would be unknown to the weights",
     },

@@ -22,7 +22,7 @@ from graphopt.backends.onnx.packing import PACKED_OPSET
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program, arguments, dialect, operator, source_line
 
-_LIBRARY = torch.library.Library("graphopt_onnx", "DEF")
+_LIBRARY = torch.library.Library("graphopt_onnx", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("global_average_pool(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 
 
@@ -58,7 +58,7 @@ def refuse(program: Program) -> None:
         if name in ("graphopt.quantize", "graphopt.fake_quantize") and named["group_size"] != 0:
             kind = "token" if named["group_size"] < 0 else "group"
             raise GraphoptError(
-                f"ONNX cannot quantize activations by {kind}, as {place} does; quantize them per tensor or keep them float"
+                f"ONNX cannot quantize activations by {kind}, as {place} does; do it per tensor or keep them float"
             )
         if name == "graphopt.dynamic_scale" and (named["group_size"] != 0 or named["format"] != "uint8"):
             raise GraphoptError(

@@ -1,7 +1,7 @@
 """Leave out of the file what says nothing: defaults, copies of zero points, types of dequantized values.
 
-A small model's file is to a good part descriptions. Readers fill in the defaults of attributes, and infer the types of values
-behind Q and DQ from what they read; both are stated by the standard.
+A small model's file is to a good part descriptions. Readers fill in the defaults of attributes, and infer the types of
+values behind Q and DQ from what they read; both are stated by the standard.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def share_zero_points(model: ir.Model) -> None:
             continue
         if value.const_value.numpy().any():
             continue
-        key = (value.const_value.dtype, tuple(int(size) for size in value.const_value.shape))
+        key = (value.const_value.dtype, value.const_value.numpy().shape)
         if key not in shared:
             name = "_".join(["zero", key[0].name.lower(), *map(str, key[1])])
             if name in taken:

@@ -57,8 +57,8 @@ def _weights(program: Program) -> list[tuple[fx.Node, Tensor]]:
 
 
 def _roles(weight: fx.Node) -> list[tuple[str, str]]:
-    """Return (argument, format) for each operator of the dialect that reads the weight, directly or after data movement,
-    and ("", "") for any other reader."""
+    """Return (argument, format) of every reader of the weight: one of the dialect, directly or after data movement; else
+    two empty strings."""
     roles, seen, queue = [], {weight}, [weight]
     while queue:
         node = queue.pop()

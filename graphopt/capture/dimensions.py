@@ -18,8 +18,8 @@ def dimension_names(
 ) -> dict[str, str]:
     """Return `symbol -> name` for every dimension that `dynamic_shapes` gives by name.
 
-    `call`: the arguments that the model was exported with. `Dim.AUTO` and dimensions derived from others have no name of
-    their own, and what was traced as a constant has no symbol.
+    `call`: the arguments that the model was exported with. `Dim.AUTO` and dimensions derived from others have no name
+    of their own, and what was traced as a constant has no symbol.
     """
     if isinstance(dynamic_shapes, AdditionalInputs | ShapesCollection):
         dynamic_shapes = dynamic_shapes.dynamic_shapes(model, *call)  # type: ignore[no-untyped-call]

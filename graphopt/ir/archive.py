@@ -56,7 +56,9 @@ class Archive:
             return from_exported(self.exported.run_decompositions({}))
         try:
             return _program(self.exported, self.record, self.trust)
-        except _MISFIT as error:
+        except GraphoptError:
+            raise
+        except Exception as error:  # the parts of a damaged file may be in order and not fit each other
             raise GraphoptError(
                 f"{self.path} is damaged: its member extra/{RECORD} does not fit its program"
             ) from error

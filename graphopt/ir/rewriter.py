@@ -147,6 +147,7 @@ class Rewriter:
 
     def _equal_codes(self, codes: Tensor) -> fx.Node | None:
         """Return the weight that holds the same integers: a table tied before quantization is stored once after."""
+        node: fx.Node
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 known = self.program.weight(node)

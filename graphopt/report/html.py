@@ -20,7 +20,7 @@ from graphopt.report.report import PassRow, Report
 from graphopt.report.text import error_text, figure_rows, pass_cells, size_text
 
 _MOST_LINES = 400  # of one pass's diff; the trace holds all
-_MOST_TEXT_BYTES = 8 << 20  # beyond, comparing takes longer than anybody waits
+_MOST_TEXT_BYTES = 1 << 20  # before and after together; comparing more takes many seconds a pass
 
 
 @dataclass(frozen=True)

@@ -37,17 +37,23 @@ def _spatial_mean(node: fx.Node) -> Match | None:
         return None
     if sorted(d % x.dim() for d in dims) != list(range(2, x.dim())):
         return None
+    if x.dim() == 3 and not _convolution_before(named["self"]):
+        return None  # the last axis of [batch, tokens, width], as every norm has it
     return Match(node, {"x": named["self"], "keepdim": bool(named.get("keepdim"))})
 
 
 def behind_convolution(match: Match, program: Program) -> str:
     """The tensor comes from a convolution, with nothing between that moves its axes."""
     start = match.node("x")
+    return "" if _convolution_before(start) else f"{start.name} does not come from a convolution"
+
+
+def _convolution_before(start: fx.Node) -> bool:
     rank, front, seen = start.meta["val"].dim(), [start], {start}
     while front and len(seen) <= _FARTHEST:
         node = front.pop()
         if operator(node).startswith("conv"):
-            return ""
+            return True
         target = node.target
         pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
         if node.op != "call_function" or not (pointwise or operator(node) in _KEEP_SPACE):
@@ -58,7 +64,7 @@ def behind_convolution(match: Match, program: Program) -> str:
             if source not in seen and isinstance(first, torch.Tensor) and first.dim() == rank:
                 seen.add(source)
                 front.append(source)
-    return f"{start.name} does not come from a convolution"
+    return False
 
 
 def space_of_fixed_rank(match: Match, program: Program) -> str:

@@ -205,6 +205,11 @@ def test_other_floating_types(dtype: torch.dtype) -> None:
     assert dialect.fake_quantize(x, scale.to(torch.float32), zero, 1, 0, "int8").dtype == dtype
 
 
+def test_codes_too_large_for_half_precision() -> None:
+    codes, scale = torch.tensor([100_000], dtype=torch.int32), torch.tensor(0.001, dtype=torch.float16)
+    assert dialect.dequantize(codes, scale, None, None, 0, 0, "int32").item() == pytest.approx(100, rel=1e-3)
+
+
 def test_half_precision_range_does_not_overflow() -> None:
     """65504 - (-65504) is infinite in float16; the scale is not."""
     x = torch.tensor([-65504.0, 65504.0], dtype=torch.float16)

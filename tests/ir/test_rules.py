@@ -133,6 +133,31 @@ def test_declines_are_recorded_once_with_their_reason(program: Program) -> None:
     assert reasons == [("remove", "relu", "relu is kept")]
 
 
+class Fork(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(x)
+        return -y + 2.0, torch.tanh(y)
+
+
+def test_a_reader_that_died_is_no_reader() -> None:
+    """What a rule replaces is gone for the rules after it: `relu` has one reader once `neg` is dead."""
+    program = capture(Fork(), (torch.randn(3),))
+
+    @rule(match=matching(op("add", op("neg", op("relu", anything("x"))), number(2.0), bind="add")))
+    def forget(match: Match, rewriter: Rewriter) -> None:
+        rewriter.replace(match.node("add"), match.node("x"))
+
+    @rule(match=matching(op("tanh", op("relu", anything("x"), bind="relu"), bind="tanh")), worth=[sole_user("relu")])
+    def drop_relu(match: Match, rewriter: Rewriter) -> None:
+        rewriter.replace(match.node("tanh"), match.node("x"))
+
+    rewriter = Rewriter(program, "test")
+    apply_rules([drop_relu, forget], rewriter)
+    changes = rewriter.finish()
+    assert program.outputs == program.placeholders * 2
+    assert changes.skipped == []
+
+
 def test_out_of_bounds_comes_before_conditions(program: Program) -> None:
     rewriter = Rewriter(program, "test")
     apply_rules([relus()], rewriter, lambda node: f"{node.name} is out of bounds")

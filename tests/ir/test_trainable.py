@@ -246,7 +246,7 @@ def test_weights_in_groups_and_few_bits(format: str, scale_type: torch.dtype) ->
     codes = dialect.quantize(value, scale, zero, 1, 4, format)
     parts = [
         rewriter.weight(codes, "weight", codes.dtype, source),
-        rewriter.weight(scale, "weight_scale", scale_type),
+        rewriter.weight(scale, "weight_scale", scale_type, parameter=False),
         rewriter.weight(zero, "weight_zero", zero.dtype),
     ]
     rewriter.rewire(linear, weight=rewriter.insert(dialect.dequantize, *parts, None, 1, 4, format, before=linear))

@@ -211,9 +211,9 @@ def extra_input(program: Program) -> str:
 
 
 ALONE = (
-    mutate, no_value, input_without_value, wrong_shape, wrong_dtype, stale_value, stale_downstream, refused_inputs, wrong_item, swapped_items,
-    missing_weight, weight_of_another_shape, weight_of_another_dtype, weight_read_by_two_nodes, stray_weight, python_function,
-    higher_order, module_call, wrong_order,
+    mutate, no_value, input_without_value, wrong_shape, wrong_dtype, stale_value, stale_downstream, refused_inputs,
+    wrong_item, swapped_items, missing_weight, weight_of_another_shape, weight_of_another_dtype,
+    weight_read_by_two_nodes, stray_weight, python_function, higher_order, module_call, wrong_order,
 )  # fmt: skip
 AGAINST_REFERENCE = (other_output, fewer_outputs, constant_output, other_input, extra_input)
 

@@ -54,9 +54,7 @@ def page_text() -> str:
 
 def test_only_the_files_own_style_is_allowed(page_text: str) -> None:
     page = Page(page_text)
-    policy = next(
-        each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
     style = re.search(r"<style>(.*?)</style>", page_text, re.DOTALL)
     assert style is not None
     digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
@@ -80,9 +78,7 @@ def test_hostile_names_are_text(page_text: str) -> None:
     assert "<script" not in page_text
     assert "".join(Page(page_text).words["li"]).count(HOSTILE) >= 1
     row = PassRow(0, HOSTILE, options={HOSTILE: HOSTILE}, stem=HOSTILE, rejected=HOSTILE)
-    report = Report(
-        HOSTILE, HOSTILE, HOSTILE, [HOSTILE], passes=[row], budget={HOSTILE: 1.0}, exceeded=[HOSTILE]
-    )
+    report = Report(HOSTILE, HOSTILE, HOSTILE, [HOSTILE], passes=[row], budget={HOSTILE: 1.0}, exceeded=[HOSTILE])
     record = PassRecord(0, "a", "a", f"{HOSTILE}\n", "before\n")
     text = html(dataclasses.replace(report, trace=Trace([record])))
     assert "<script" not in text

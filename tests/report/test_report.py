@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from report_runs import HOSTILE, CodeWeights, Idle, result
 
+import graphopt
 from graphopt.errors import GraphoptError
 from graphopt.files import write_text
 from graphopt.pipeline import Trace
@@ -34,6 +36,18 @@ def test_average_bits_count_grid_scales_and_biases(bits: int) -> None:
     report = Report.of(result((CodeWeights(bits=bits),)))
     assert report.average_bits.before == 32
     assert report.average_bits.after == pytest.approx((bits * MATRICES + 32 * (16 + 4) + 2 * 32) / ELEMENTS)
+
+
+def test_average_bits_of_a_table_whose_codes_are_gathered_first() -> None:
+    """Codes [50, 8] in int8 reach dequantize through the gather; one float32 scale a row."""
+    table = torch.nn.Embedding(50, 8)
+    optimized = graphopt.optimize(table, (torch.tensor([[1, 2]]),), recipe=[graphopt.passes.QuantizeEmbedding()])
+    codes, *others = sorted(optimized.program.weights.values(), key=lambda weight: -weight.numel())
+    assert (codes.dtype, tuple(codes.shape)) == (torch.int8, (50, 8))
+    report = optimized.report
+    assert report.parameters == Change(400, 400)
+    assert report.average_bits.after == (8 * 400 + sum(8 * each.numel() * each.element_size() for each in others)) / 400
+    assert 8 + 32 / 8 <= report.average_bits.after < 8 + 48 / 8
 
 
 def test_passes_follow_the_trace() -> None:
@@ -152,9 +166,7 @@ def test_the_summary_says_what_matters() -> None:
     assert any(line.split() == ["metric", "90", "89.5", "-0.5"] for line in lines)
     assert any(line.split() == ["file", "1", "kB", "400", "B", "0.4×"] for line in lines)
     assert any(line.split() == ["latency", "1", "ms", "2", "ms", "2×"] for line in lines)
-    assert any(
-        line.startswith("002  code_weights  lossy  +2 nodes") and "2 in 4 bits" in line for line in lines
-    )
+    assert any(line.startswith("002  code_weights  lossy  +2 nodes") and "2 in 4 bits" in line for line in lines)
     assert "slower than the float export (2.00×)" in text
     assert "node 'a' (Gemm): 1.9 ms (95%)" in text
     assert "its output is no integer" in text

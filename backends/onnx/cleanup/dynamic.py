@@ -23,7 +23,7 @@ _EIGHT_BIT = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def join_dynamic_quantize(editor: Editor) -> None:
-    """Let every QuantizeLinear with the scale and zero point of its own input's DynamicQuantizeLinear be that operator."""
+    """Let a QuantizeLinear with the run-time scale and zero point of its own input read that operator's codes."""
     for node in editor.nodes:
         maker = producer(node, 1) if node.op_type == "QuantizeLinear" else None
         if maker is None or maker.op_type != "DynamicQuantizeLinear" or node.outputs[0].is_graph_output():

@@ -2,11 +2,11 @@
 
     Transpose(w)              ->   w^T stored, under the name of w
     Transpose(DQ(w))          ->   DQ(w^T), its axis and blocks transposed with it
-    Gemm(x, DQ(w), transB=1)  ->   Gemm(x, Transpose(DQ(w))), where x is no quantize of fixed scale: a MatMulInteger and a
-                                   MatMulNBits want [in, out]; a QGemm takes both
+    Gemm(x, DQ(w), transB=1)  ->   Gemm(x, Transpose(DQ(w))), unless x has a fixed scale: a MatMulInteger and a MatMulNBits
+                                   want [in, out], a QGemm takes both
 
-A runtime matches Q/DQ patterns only where the dequantize itself feeds the operator. A weight that somebody reads in its own
-layout too (a table tied to the head) is stored once: the transpose stands on the codes, where loading computes it.
+A runtime matches Q/DQ patterns only where the dequantize itself feeds the operator. A weight that somebody reads in its
+own layout too (a table tied to the head) is stored once: the transpose stands on the codes, where loading computes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.backends.onnx.cleanup.editor import Editor, axis_of, block_size, constant, constant_dequantize, flag, producer
+from graphopt.backends.onnx.cleanup.editor import (
+    Editor,
+    axis_of,
+    block_size,
+    constant,
+    constant_dequantize,
+    flag,
+    producer,
+)
 
 Order = tuple[int, ...]
 
@@ -110,8 +118,8 @@ class _Stored:
                 turned = new.producer()
                 assert turned is not None
                 turned.metadata_props.clear()
-                shape = source.const_value.shape
-                new.shape = ir.Shape([shape[axis] for axis in order])
+                sizes = source.const_value.numpy().shape
+                new.shape = ir.Shape([sizes[axis] for axis in order])
             self.made[key] = new
         return self.made[key]
 

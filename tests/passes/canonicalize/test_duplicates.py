@@ -63,6 +63,8 @@ test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(
 
 
 def test_random_numbers_are_not_shared() -> None:
-    example = Example("bernoulli", lambda: Function(lambda x: torch.bernoulli(x) + torch.bernoulli(x)), lambda: (torch.rand(2, 3),))
+    example = Example(
+        "bernoulli", lambda: Function(lambda x: torch.bernoulli(x) + torch.bernoulli(x)), lambda: (torch.rand(2, 3),)
+    )
     after, _ = apply(Canonicalize(), captured(example))
     assert operators(after).count("bernoulli") == 2

@@ -24,6 +24,7 @@ def _spelling(name: str, function: Callable[[Tensor], Tensor], approximate: str 
         lambda: Function(lambda x: function(torch.sin(x) * 3)),
         SHAPE,
         fires=1,
+        rule="recognise_gelu",
         golden=f"""
         sin = sin(x)
         mul = mul(sin, 3)
@@ -70,8 +71,8 @@ EXAMPLES = [
     Example(
         "in_float32", lambda: Function(_in_float32), lambda: (torch.randn(2, 5).to(torch.bfloat16),),
         golden="""
-        _to_copy = _to_copy(x, dtype=float32)
-        gelu = gelu(_to_copy)
+        _to_copy_2 = _to_copy(x, dtype=float32)
+        gelu = gelu(_to_copy_2)
         _to_copy_1 = _to_copy(gelu, dtype=bfloat16)
         return _to_copy_1
         """,
@@ -124,5 +125,7 @@ def test_torch_agrees_with_the_constants() -> None:
         (None, {(1, 0): 0.5}, math.inf),
     ],
 )
-def test_deviation(found: dict[tuple[int, int], float] | None, wanted: dict[tuple[int, int], float], expected: float) -> None:
+def test_deviation(
+    found: dict[tuple[int, int], float] | None, wanted: dict[tuple[int, int], float], expected: float
+) -> None:
     assert deviation(found, wanted) == expected

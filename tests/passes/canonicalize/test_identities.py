@@ -119,7 +119,9 @@ EXAMPLES = [
     Example(
         "layout_is_read",
         lambda: Function(
-            lambda x: torch.view_as_real(torch.view_as_complex(torch.sin(x).reshape(-1, 3, 2, 4).transpose(2, 3).contiguous()))
+            lambda x: torch.view_as_real(
+                torch.view_as_complex(torch.sin(x).reshape(-1, 3, 2, 4).transpose(2, 3).contiguous())
+            )
         ),
         SHAPE,
         declines="view_as_complex looks at memory layouts",

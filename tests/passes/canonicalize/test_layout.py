@@ -96,7 +96,9 @@ EXAMPLES = [
     ),
     Example(
         "view_as_another_type_is_no_reshape",
-        lambda: Function(lambda x: torch.ops.aten.view.dtype(torch.ops.aten.view.dtype(x, torch.int32), torch.int32) + 1),
+        lambda: Function(
+            lambda x: torch.ops.aten.view.dtype(torch.ops.aten.view.dtype(x, torch.int32), torch.int32) + 1
+        ),
         SHAPE,
         fires=0,
         rule="merge_reshapes",

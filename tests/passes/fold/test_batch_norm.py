@@ -10,7 +10,7 @@ import torch
 from harness import Example, Function, apply, before, check_means_the_same, four_tests, operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BATCH_NORMS, _BATCH_NORMS
+from models import _BATCH_NORMS, BATCH_NORMS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -279,7 +279,9 @@ def test_names_and_types_stay() -> None:
 # Random networks ------------------------------------------------------------------------------------------------------
 
 _LAYERS = st.lists(
-    st.sampled_from(["conv", "padded", "grouped", "transposed", "reflect", "norm", "norm", "relu", "plain_norm", "fork"]),
+    st.sampled_from(
+        ["conv", "padded", "grouped", "transposed", "reflect", "norm", "norm", "relu", "plain_norm", "fork"]
+    ),
     min_size=1,
     max_size=6,
 )

@@ -19,7 +19,6 @@ def _wrapped(module: nn.Module, dim: int | None = 0) -> nn.Module:
     return nn.utils.parametrizations.weight_norm(module, dim=dim)  # type: ignore[no-any-return,arg-type]
 
 
-
 EXAMPLES = [
     Example(
         "conv",
@@ -105,7 +104,9 @@ def test_spelled_out_norms_are_evaluated_before() -> None:
     def spelled(x: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
         return nn.functional.linear(x, weight_v * (weight_g / torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)))
 
-    example = Example("spelled", lambda: Function(spelled, weight_v=torch.rand(4, 6), weight_g=torch.rand(4, 1)), (3, 6))
+    example = Example(
+        "spelled", lambda: Function(spelled, weight_v=torch.rand(4, 6), weight_g=torch.rand(4, 1)), (3, 6)
+    )
     # A cap of one byte: the result is no larger than the weight that dies with it.
     after, _ = apply(Canonicalize(max_bytes=1), captured(example))
     assert operators(after) == ["linear"]
