@@ -146,11 +146,11 @@ def check_replaceable(path: Path, marker: str, names: Collection[str] = ()) -> N
             raise GraphoptError(f"cannot write {path}: {parent} is not a folder you may write to")
     except OSError as error:
         raise GraphoptError(f"cannot write {path}: {error.strerror or error}") from error
-    except ValueError:  # a NUL in the name
-        raise GraphoptError(f"cannot write {str(path)!r}: that is no name for a folder") from None
 
 
 def _followed(path: Path) -> Path:
+    if "\0" in str(path):
+        raise GraphoptError(f"cannot write {str(path)!r}: that is no name for a file or folder")
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 

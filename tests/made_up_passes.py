@@ -45,7 +45,7 @@ def net(dtype: torch.dtype = torch.float32, dynamic: bool = False) -> Program:
 def _captured(dtype: torch.dtype, dynamic: bool) -> Program:
     torch.manual_seed(1)
     shapes = ({0: Dim("batch", min=2)},) if dynamic else None
-    return capture(Net(dtype), (torch.randn(5, 6, dtype=dtype),), dynamic_shapes=shapes)
+    return capture(Net(dtype).eval(), (torch.randn(5, 6, dtype=dtype),), dynamic_shapes=shapes)
 
 
 def context(**options: Any) -> Context:

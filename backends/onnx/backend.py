@@ -28,7 +28,7 @@ from graphopt.backends.onnx.target import TARGETS
 from graphopt.backends.onnx.timing import measure
 from graphopt.errors import GraphoptError
 from graphopt.files import replacing_folder_content
-from graphopt.ir import Program
+from graphopt.ir import Program, is_tensor
 from graphopt.target import Target
 
 # A protobuf message ends at 2 GiB; weights beyond this go to a file of their own.
@@ -123,6 +123,8 @@ def _proven(program: Program, file: Path, opset: int) -> ExportReport:
     """Return what the runtime makes of the file, and how far it is from the torch emulation."""
     fusion = check_fusion(file)
     report = ExportReport(file, _file_bytes(file), opset, dict(fusion.fused), list(fusion.unfused))
+    if others := len(program.outputs) - sum(is_tensor(value) for value in program.outputs):
+        report.notes.append(f"{others} of the model's outputs are no tensors; the file leaves them out")
     report.max_steps = _steps(file, _torch_outputs(program), list(run_onnx(file, feeds_of(program)).values()))
     return report
 

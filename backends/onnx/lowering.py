@@ -2,15 +2,17 @@
 
 Through torch.onnx with a translation table for the dialect, not straight to onnx-ir: the exporter knows several hundred
 ATen operators at every opset, and Q/DQ are already where they belong, so all that is ours is a handful of operators
-(`translation`), names (`naming`) and the clean-up (`cleanup`). The exporter's optimizer runs after our clean-up, because
-it would fold the transposed weights under names nobody knows.
+(`translation`), names (`naming`) and the clean-up (`cleanup`). The exporter's optimizer runs after our clean-up, as it
+would fold the transposed weights under names nobody knows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 
@@ -18,14 +20,16 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphopt.backends.onnx import packing
 from graphopt.backends.onnx.cleanup import clean
+from graphopt.backends.onnx.cleanup.editor import constant
 from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_after, name_merged
 from graphopt.backends.onnx.translation import refuse, single_out_global_pools, translation_table
 from graphopt.backends.onnx.trim import share_zero_points, trim
 from graphopt.errors import GraphoptError
-from graphopt.ir import Program, operator, source_line, to_exported
+from graphopt.ir import Program, is_tensor, operator, source_line, to_exported
 
 PLAIN_OPSET = 20  # Gelu is an operator from 20 on; Q/DQ of 8 bits need 13
 
@@ -42,13 +46,18 @@ def lower(program: Program) -> ir.Model:
     packing.pack(program, model)
     share_zero_points(model)
     with _quiet():
-        onnxscript.optimizer.optimize_ir(model, onnx_shape_inference=False)
+        onnxscript.optimizer.optimize_ir(model, onnx_shape_inference=False, should_fold=_may_fold)
     forget_metadata(model)
     name_merged(model)
     trim(model)
     model.producer_name = "graphopt"
     model.producer_version = None
     return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Keep the transpose of a weight that is read both ways: folded, the file would hold the weight twice."""
+    return False if node.op_type == "Transpose" and constant(node.inputs[0]) else None
 
 
 def needed_opset(program: Program) -> int:
@@ -58,7 +67,7 @@ def needed_opset(program: Program) -> int:
 
 
 def _export(program: Program, opset: int) -> ir.Model:
-    exported = to_exported(program)
+    exported = to_exported(_tensors_only(program))
     mark(exported)
     single_out_global_pools(exported)
     try:
@@ -69,12 +78,24 @@ def _export(program: Program, opset: int) -> ir.Model:
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
-                custom_translation_table=translation_table(opset),  # type: ignore[arg-type]
+                custom_translation_table=translation_table(opset),
             )
     except Exception as error:  # the exporter wraps whatever goes wrong inside it
         raise GraphoptError(_why(program, error)) from error
     assert made is not None
     return made.model
+
+
+def _tensors_only(program: Program) -> Program:
+    """Return the program without the outputs that are no tensors: a file has no place for numbers and None."""
+    if all(is_tensor(value) for value in program.outputs):
+        return program
+    kept = program.clone()
+    outputs = tuple(value for value in kept.outputs if is_tensor(value))
+    kept.graph.output_node().args = (outputs,)
+    _, spec = pytree.tree_flatten(outputs)
+    kept.signature = dataclasses.replace(kept.signature, out_spec=spec)
+    return kept
 
 
 def _why(program: Program, error: Exception) -> str:
@@ -84,21 +105,28 @@ def _why(program: Program, error: Exception) -> str:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    text = "\n".join(str(each) for each in chain)
-    node = _failed(program, text)
-    if node is not None and "No ONNX function found" in text:
-        where = source_line(node)
-        place = f" at {where}" if where else ""
-        return f"ONNX has no form for the operator {node.target}{place}; replace it in the model by operators that ONNX has"
-    first = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    where = f" at {node.name}{f' ({source_line(node)})' if source_line(node) else ''}" if node is not None else ""
-    return f"torch.onnx could not export the program{where}: {first}"
+    node = _failed(program, chain)
+    line = source_line(node) if node is not None else ""
+    if node is not None and any("No ONNX function found" in str(each) for each in chain):
+        place = f" at {line}" if line else ""
+        return f"ONNX has no form for the operator {node.target}{place}; replace it by operators that ONNX has"
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
+    first = lines[0] if lines else type(chain[-1]).__name__
+    place = f" at {node.name}{f' ({line})' if line else ''}" if node is not None else ""
+    return f"torch.onnx could not export the program{place}: {first}"
 
 
-def _failed(program: Program, text: str) -> fx.Node | None:
-    """Return the operator that the exporter's message is about."""
-    name = marked(text)
-    return next((node for node in program.graph.nodes if node.name == name), None)
+def _failed(program: Program, chain: list[BaseException]) -> fx.Node | None:
+    """Return the operator that the exporter was at: the innermost one that its frames hold."""
+    names = [
+        marked(str(value.meta.get("stack_trace")))
+        for error in chain
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        for value in frame.f_locals.values()
+        if isinstance(value, fx.Node)
+    ]
+    known = {node.name: node for node in program.graph.nodes}
+    return next((known[name] for name in reversed(names) if name in known), None)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """Names a user recognises in the ONNX file, and where every operator comes from.
 
 Inputs are called as the model's forward calls them, outputs after the keys of what it returns, weights as in the state
-dict, symbolic dimensions as the user called them, nodes and values as in the trace: the operator `linear_3` of the trace
-is the node `linear_3`, or, where ONNX needs several nodes for it, `linear_3/MatMul` and so on. Metadata tells each node's
-module, and the pass and captured nodes it comes from; no source paths, which would tell the user's customers about the
-user's disk.
+dict, symbolic dimensions as the user called them, nodes and values as in the trace: the operator `linear_3` of the
+trace is the node `linear_3`, or, where ONNX needs several nodes for it, `linear_3/MatMul` and so on. Metadata tells
+each node's module, and the pass and captured nodes it comes from; no source paths, which would tell the user's
+customers about the user's disk.
 
-The exporter traces the graph once more and numbers its nodes anew, so names do not connect its nodes with the program's.
-What it carries along faithfully is each node's stack trace, into the file's metadata: `mark` puts the node's name there.
+The exporter traces the graph once more and numbers its nodes anew, so names do not connect its nodes with the
+program's. What it carries along faithfully is each node's stack trace, into the file's metadata: `mark` puts the node's
+name there.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def name_after(program: Program, model: ir.Model) -> None:
     forget_metadata(model, keep=frozenset())
     taken: set[str] = set()
     _name_inputs(program, model, taken)
+    outputs = [_unique(name, taken) for name in output_names(program)]
+    _name_weights(model, taken)
     _name_operators(program, model, sources, taken)
-    _name_outputs(program, model, taken)
+    _name_outputs(model, outputs, taken)
     _name_dimensions(program, model)
 
 
@@ -79,13 +82,16 @@ def forget_metadata(model: ir.Model, keep: frozenset[str] = _OURS) -> None:
 
 
 def _name_inputs(program: Program, model: ir.Model, taken: set[str]) -> None:
-    """Call inputs as the user calls them; a weight of the same name has to give way."""
     names = input_names(program)
     taken.update(names)
-    for value in list(model.graph.initializers.values()):
-        value.name = _unique(value.name or "weight", taken)
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
+
+
+def _name_weights(model: ir.Model, taken: set[str]) -> None:
+    """Leave weights their names, but for those that an input or output has."""
+    for value in list(model.graph.initializers.values()):
+        value.name = _unique(value.name or "weight", taken)
 
 
 def input_names(program: Program) -> list[str]:
@@ -148,31 +154,30 @@ def _tell_origin(source: fx.Node, node: ir.Node) -> None:
             node.metadata_props["from"] = ",".join(origin)
 
 
-def _name_outputs(program: Program, model: ir.Model, taken: set[str]) -> None:
+def _name_outputs(model: ir.Model, names: list[str], taken: set[str]) -> None:
     """Call outputs after their keys; one that is an input, a weight or another output gets an Identity."""
-    names = [name for name, value in zip(output_names(program), program.outputs, strict=True) if is_tensor(value)]
     seen: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
     for position, name in enumerate(names):
         value = model.graph.outputs[position]
-        unique = _unique(name, taken) if value.name != name or value in seen else name
         if value in seen:
-            identity = ir.node("Identity", [value], name=_unique(f"{unique}/Identity", taken))
+            identity = ir.node("Identity", [value], name=_unique(f"{name}/Identity", taken))
             identity.outputs[0].type, identity.outputs[0].shape = value.type, value.shape
             model.graph.append(identity)
             model.graph.outputs[position] = value = identity.outputs[0]
         seen.add(value)
-        value.name = unique
+        value.name = name
 
 
 def output_names(program: Program) -> list[str]:
-    """Return a name for each flat output: the key of a dict, the field of a dataclass, `output` or `output_0`."""
+    """Return a name for each tensor the program returns: a dict's key, a dataclass's field, `output` or `output_0`."""
     spec = program.signature.out_spec
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     names = []
-    for path, _ in pytree.tree_leaves_with_path(tree):
+    for (path, _), value in zip(pytree.tree_leaves_with_path(tree), program.outputs, strict=True):
         keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-        named = any(not key.isdigit() for key in keys)
-        names.append(".".join(keys) if named else "_".join(["output", *keys]))
+        named = bool(keys) and not keys[0].isdigit()
+        if is_tensor(value):
+            names.append(".".join(keys) if named else "_".join(["output", *keys]))
     return names
 
 

@@ -65,7 +65,7 @@ ONNXRUNTIME_CPU = Target(
         "avg_pool2d": "the integer average pool is an order of magnitude slower than the float one",
         "avg_pool3d": "the integer average pool is an order of magnitude slower than the float one",
         "softmax": "the integer softmax is several times slower than the float one",
-        "scaled_dot_product_attention": "attention scores stay float: quantized, they cost accuracy and break the fused operator",
+        "scaled_dot_product_attention": "attention scores stay float: quantizing costs accuracy and the fused operator",
         "matmul": "products of two activations stay float: both ranges would be unknown to the weights",
         "bmm": "products of two activations stay float: both ranges would be unknown to the weights",
     },

@@ -57,8 +57,10 @@ def _weights(program: Program) -> list[tuple[fx.Node, Tensor]]:
 
 
 def _roles(weight: fx.Node) -> list[tuple[str, str]]:
-    """Return (argument, format) of every reader of the weight: one of the dialect, directly or after data movement; else
-    two empty strings."""
+    """Return (argument, format) of every dialect operator that reads the weight, maybe after data movement.
+
+    Any other reader gives two empty strings.
+    """
     roles, seen, queue = [], {weight}, [weight]
     while queue:
         node = queue.pop()

@@ -57,8 +57,9 @@ class Histogram:
         self._cover(max(abs(low), abs(high)))
         sample = _sample(wide, self.updates).to(torch.float64)
         self.updates += 1
-        # Relative to the edge, which is a power of two, so that nothing is rounded and no range is too large for histc.
-        counts = torch.histc(sample / (self.edge or 1.0), BINS, -1.0, 1.0)
+        # The edge is a power of two: the quotient is exact, and a value falls into the same bin however the range grew.
+        bins = (sample / (self.edge or 1.0) * (BINS // 2)).floor().long() + BINS // 2
+        counts = torch.bincount(bins.clamp(max=BINS - 1), minlength=BINS)
         self.counts += counts.numpy() * (values.numel() / sample.numel())
 
     def merge(self, other: Histogram) -> None:

@@ -6,9 +6,9 @@
                  evenly within a bin of the histogram
     entropy      the clipping that minimises KL(clipped || quantized), after "8-bit Inference with TensorRT"
 
-`mse` and `entropy` search the two ends in turns, each as a fraction of what was seen: an outlier on one side must not
-cost the other side its resolution. Zero is always inside, so that padding and ReLU are exact, and a range that starts at
-zero has its zero point at the grid's smallest code.
+`mse` and `entropy` search both ends together, then in turns, as fractions of what was seen: an outlier on one side must
+not cost the other side its resolution. Zero is always inside, so that padding and ReLU are exact, and a range that
+starts at zero has its zero point at the grid's smallest code.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def choose_range(
     if observer == "minmax":
         return low, high
     cost = _squared_error if observer == "mse" else _divergence
-    best_low, best_high = low, high
+    # Both ends together first: with a far outlier on either side, moving one end alone gains nothing.
+    both = float(_FRACTIONS[int(np.argmin([cost(seen, each * low, each * high, grid) for each in _FRACTIONS]))])
+    best_low, best_high = both * low, both * high
     for _ in range(_TURNS):
         best_high = _search(high, functools.partial(_with_high, cost, seen, best_low, grid))
         best_low = _search(low, functools.partial(_with_low, cost, seen, best_high, grid))

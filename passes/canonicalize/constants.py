@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.ir import Program, Rewriter, is_floating, module_path, operator
 from graphopt.ir.precision import retyped_arguments
-from graphopt.passes.canonicalize.operators import is_pure
+from graphopt.passes.canonicalize.operators import is_cast, is_pure
 
 # `fold_weight_norm` evaluates these, and names the result.
 _LEFT_TO_OTHERS = {"_weight_norm", "_weight_norm_interface"}
@@ -184,8 +184,8 @@ def _store(rewriter: Rewriter, program: Program, node: fx.Node, roots: frozenset
 
 
 def _made_by(node: fx.Node) -> fx.Node:
-    """Return the node that computes the value, before its elements are moved."""
-    while operator(node) in _MOVES and node.all_input_nodes:
+    """Return the node that computes the value, before its elements are moved or cast."""
+    while (operator(node) in _MOVES or is_cast(node)) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

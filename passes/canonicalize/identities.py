@@ -26,7 +26,6 @@ from graphopt.passes.canonicalize.operators import (
     is_cast,
     is_returned,
     reads_strides,
-    same_strides,
     same_type,
     tensor_of,
 )
@@ -39,6 +38,19 @@ _RESHAPES = {
     "expand", "expand_as", "broadcast_to", "view", "reshape", "_unsafe_view", "flatten", "squeeze", "slice", "narrow",
     "repeat",
 }  # fmt: skip
+_VIEWS = {
+    "expand",
+    "expand_as",
+    "permute",
+    "transpose",
+    "t",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "reshape",
+}
 _NEUTRAL = {"mul": 1, "div": 1, "true_divide": 1, "add": 0, "sub": 0, "pow": 1}
 # A float of the first type holds every value of the second.
 _LOSSLESS = {
@@ -60,12 +72,27 @@ def stays_apart(match: Match, program: Program) -> str:
 
 def layout_is_free(match: Match, program: Program) -> str:
     """Nobody looks at how the copy lies in memory, or it lies as its source does."""
-    if same_strides(match.root, match.node("x")):
+    node = match.root
+    if arguments(node).get("memory_format") in (None, torch.preserve_format) and not _overlaps(match.node("x")):
         return ""
-    if is_returned(match.root):
+    return who_reads_layout(node, program)
+
+
+def who_reads_layout(node: fx.Node, program: Program) -> str:
+    """Say who looks at the memory layout of `node`, or may; an empty string where nobody does."""
+    if is_returned(node):
         return "the caller gets its memory layout"
-    reader = next((node for node in program.graph.nodes if reads_strides(node)), None)
+    reader = next((other for other in program.graph.nodes if reads_strides(other)), None)
     return f"{reader.name} looks at memory layouts" if reader is not None else ""
+
+
+def _overlaps(node: fx.Node) -> bool:
+    """True where several elements of the value may lie in one place."""
+    while operator(node) in _VIEWS:
+        if operator(node).startswith("expand"):
+            return True
+        node = node.all_input_nodes[0]
+    return False
 
 
 def _first_input(node: fx.Node) -> Match | None:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from graphopt.ir import Match, Program, Rewriter, arguments, operator, rule
-from graphopt.passes.canonicalize.identities import layout_is_free, stays_apart
+from graphopt.passes.canonicalize.identities import stays_apart, who_reads_layout
 from graphopt.passes.canonicalize.operators import permutation, reads_strides, tensor_of
 
 _RESHAPES = {"view", "reshape", "_unsafe_view"}
@@ -71,8 +71,8 @@ def _reshape(node: fx.Node) -> Match | None:
 
 
 def copy_is_free(match: Match, program: Program) -> str:
-    """As `layout_is_free`, where a reshape that may copy is left out."""
-    return layout_is_free(match, program) if match["x"] is not match.root.args[0] else ""
+    """Nobody looks at the memory layout, where a reshape is left out that may copy."""
+    return who_reads_layout(match.root, program) if match["x"] is not match.root.args[0] else ""
 
 
 @rule(match=_reshape, needs=[copy_is_free])

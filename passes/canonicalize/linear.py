@@ -3,9 +3,12 @@
     addmm(b, x, wᵀ)          ->  linear(x, w, b)
     addmm(b, x, w)           ->  linear(x, w', b)         w' = wᵀ, computed once
     mm(x, w), matmul(x, w)   ->  linear(x, w')            also x of more axes
+    bmm(x, expand(w))        ->  linear(x, w')
     linear(x, w) + b         ->  linear(x, w, b)
+    reshape(linear(reshape(x, [-1, in]), w, b), s)  ->  reshape(linear(x, w, b), s)
 
-Exact. One form, with the weight as [out, in], is all that folding and quantization need to know.
+Exact. One form, with the weight as [out, in] and the axes of x as they are, is all that folding and quantization need
+to know.
 """
 
 from __future__ import annotations
@@ -17,9 +20,16 @@ from torch import fx
 
 from graphopt.ir import Match, Program, Rewriter, arguments, constant, floating, operator, rule, static_shape
 from graphopt.ir.rules import sole_user
-from graphopt.passes.canonicalize.operators import same_type, tensor_of, transposed_matrix
+from graphopt.passes.canonicalize.operators import (
+    same_size,
+    same_sizes,
+    same_type,
+    tensor_of,
+    transposed_matrix,
+)
 
-_NAMES = {"mm": ("self", "mat2"), "matmul": ("self", "other"), "addmm": ("mat1", "mat2")}
+_NAMES = {"mm": ("self", "mat2"), "matmul": ("self", "other"), "addmm": ("mat1", "mat2"), "bmm": ("self", "mat2")}
+_BROADCASTS = {"expand", "reshape", "view", "_unsafe_view", "unsqueeze", "clone"}
 
 
 def _product(node: fx.Node) -> Match | None:
@@ -28,6 +38,8 @@ def _product(node: fx.Node) -> Match | None:
         return None
     named = arguments(node)
     x, matrix = named[names[0]], named[names[1]]
+    if operator(node) == "bmm":
+        matrix = _repeated_matrix(matrix)
     source = transposed_matrix(matrix)
     weight = source if source is not None else matrix
     x_value, value = tensor_of(x), tensor_of(matrix)
@@ -37,6 +49,19 @@ def _product(node: fx.Node) -> Match | None:
     if operator(node) != "addmm":
         parts["bias"] = None
     return Match(node, parts | {"alpha": named.get("alpha", 1), "beta": named.get("beta", 1)})
+
+
+def _repeated_matrix(node: object) -> object:
+    """Return the matrix that `node` [..., K, N] repeats along all axes but the last two, or the node itself."""
+    start = node
+    while operator(node) in _BROADCASTS:
+        assert isinstance(node, fx.Node)
+        value, source = tensor_of(node), tensor_of(node.args[0])
+        if value is None or source is None or not same_sizes(value.shape[-2:], source.shape[-2:]):
+            break
+        node = node.args[0]
+    value = tensor_of(node)
+    return node if value is not None and value.dim() == 2 else start
 
 
 def _holds_weight(node: fx.Node) -> bool:
@@ -110,4 +135,23 @@ def add_bias(match: Match, rewriter: Rewriter) -> None:
     rewriter.touch(match.root, "summand taken as the bias")
 
 
-RULES = (write_linear, add_bias)
+def _flattened_linear(node: fx.Node) -> Match | None:
+    """Match a linear that reads x as [-1, in], and whose result goes into reshapes only."""
+    if operator(node) != "linear" or operator(arguments(node)["input"]) != "reshape":
+        return None
+    source = arguments(node)["input"].args[0]
+    value, flat = tensor_of(source), tensor_of(arguments(node)["input"])
+    if value is None or flat is None or value.dim() < 2 or not same_size(value.shape[-1], flat.shape[-1]):
+        return None
+    return Match(node, {"x": source}) if all(operator(user) == "reshape" for user in node.users) else None
+
+
+@rule(match=_flattened_linear)
+def keep_axes(match: Match, rewriter: Rewriter) -> None:
+    node, named = match.root, arguments(match.root)
+    new = rewriter.insert(torch.ops.aten.linear.default, match["x"], named["weight"], named["bias"], before=node)
+    rewriter.replace(node, new)
+    rewriter.touch(node, "linear over the axes that are there")
+
+
+RULES = (write_linear, add_bias, keep_axes)

@@ -65,12 +65,6 @@ def same_type(one: object, other: object) -> bool:
     return a.dtype == b.dtype and a.device == b.device and same_sizes(a.shape, b.shape)
 
 
-def same_strides(one: fx.Node, other: fx.Node) -> bool:
-    """True where two nodes are tensors that lie alike in memory, for every input."""
-    a, b = tensor_of(one), tensor_of(other)
-    return a is not None and b is not None and same_sizes(a.stride(), b.stride())
-
-
 def reads_strides(node: fx.Node) -> bool:
     """True for an operator that looks at its input's memory layout."""
     name = operator(node)

@@ -2,8 +2,8 @@
 
     test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(FoldBatchNorm(), EXAMPLES)
 
-An Example is a small model with what the pass must make of it. `tests/passes/test_harness.py` shows that each of the four
-checks fails on a pass that deserves it.
+An Example is a small model with what the pass must make of it. `tests/passes/test_harness.py` shows that each of the
+four checks fails on a pass that deserves it.
 """
 
 from __future__ import annotations

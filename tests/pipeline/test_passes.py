@@ -51,7 +51,8 @@ def test_text_parses_back_to_an_equal_pass(options: dict[str, Any]) -> None:
     [
         ({"bits": 9}, "options.bits cannot be 9: input should be less than or equal to 8"),
         ({"bits": 1}, "greater than or equal to 2"),
-        ({"bits": True}, "options.bits cannot be True: a truth value is no number"),
+        ({"bits": True}, "options.bits cannot be True"),
+        ({"ratio": True}, "options.ratio cannot be True: a truth value is no number"),
         ({"bits": "many"}, "valid integer"),
         ({"bits": 2.5}, "fractional part"),
         ({"bits": None}, "valid integer"),

@@ -2,7 +2,7 @@
 
     MatMul(DQ(x), DQ(w)) + DQ(b)   ->   Reshape, Gemm, Reshape   the kernel adds the bias and writes integers; as MatMul
                                                                  and Add the runtime does so for static shapes only
-    MatMul(DQ(x), DQ(w)) + b       ->   + b as [1, ..., n]       a bias [n] makes the runtime merge both into a float Gemm
+    MatMul(DQ(x), DQ(w)) + b       ->   + b as [1, ..., n]       with [n] the runtime merges both into a float Gemm
 """
 
 from __future__ import annotations

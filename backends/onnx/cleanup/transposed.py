@@ -2,7 +2,7 @@
 
     Transpose(w)              ->   w^T stored, under the name of w
     Transpose(DQ(w))          ->   DQ(w^T), its axis and blocks transposed with it
-    Gemm(x, DQ(w), transB=1)  ->   Gemm(x, Transpose(DQ(w))), unless x has a fixed scale: a MatMulInteger and a MatMulNBits
+    Gemm(x, DQ(w), transB=1)  ->   Gemm(x, Transpose(DQ(w))), unless x has a fixed scale: MatMulInteger and MatMulNBits
                                    want [in, out], a QGemm takes both
 
 A runtime matches Q/DQ patterns only where the dequantize itself feeds the operator. A weight that somebody reads in its
@@ -62,12 +62,31 @@ def store_transposed(editor: Editor) -> None:
             new = stored.value(source, order, node)
         elif maker is not None and constant_dequantize(maker):
             new = _dequantize_transposed(editor, node, maker, order, stored)
+            if _would_be_misread(node, maker, order):
+                new = editor.insert(node, "Sum", [new], f"{maker.name}/Sum", new.dtype)
         else:
             continue
         node.outputs[0].replace_all_uses_with(new)
         editor.remove(node)
     editor.remove_dead()
     stored.take_names()
+
+
+def _would_be_misread(transpose: ir.Node, dequantize: ir.Node, order: Order) -> bool:
+    """True where the runtime's product of codes would take the weight's scales for one per column, which they are not.
+
+    It looks at the operators only, and fails or computes something else. A sum of one term, the plainest operator that
+    no optimizer removes or moves, keeps it away.
+    """
+    scale = dequantize.inputs[1]
+    one = scale is not None and scale.shape is not None and len(scale.shape) == 0
+    if one or (not block_size(dequantize) and order.index(axis_of(dequantize) % len(order)) == len(order) - 1):
+        return False
+    for reader, index in transpose.outputs[0].uses():
+        other = producer(reader, 0)
+        if reader.op_type == "MatMul" and index == 1 and other is not None and other.op_type == "DequantizeLinear":
+            return True
+    return False
 
 
 def _all_readers_transpose(weight: ir.Value, order: Order) -> bool:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from harness import CONTEXT, Example, Function, apply, captured, check_idempotent, check_means_the_same, operators
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from models import MODELS, SpelledRMSNorm
+from models import MODELS, ODD, REQUIRED, SpelledRMSNorm
 from torch import Tensor, nn
 
 import graphopt
@@ -25,7 +25,7 @@ from graphopt.pipeline.validation import Validator
 PASS = Canonicalize()
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*REQUIRED, *ODD])
 def test_models_mean_the_same_and_come_to_rest(name: str) -> None:
     model = MODELS[name]()
     program = graphopt.capture(model.module, model.example_inputs, model.dynamic_shapes)
@@ -40,9 +40,15 @@ def test_models_mean_the_same_and_come_to_rest(name: str) -> None:
 def test_a_real_language_model_in_half_precision() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=32, use_cache=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
     model = transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
     program = graphopt.capture(model, {"input_ids": torch.randint(0, 64, (1, 12))})
     after, changes = apply(PASS, program)
@@ -104,7 +110,8 @@ def _duplicates(program: Program) -> list[str]:
     return found
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+# Shrinking a failure would export a model hundreds of times.
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 2**16),
     steps=st.lists(st.sampled_from(sorted(_STEPS)), min_size=1, max_size=8),
@@ -127,7 +134,7 @@ def test_two_runs_give_the_same_text() -> None:
 
 
 def test_time_grows_with_the_graph_and_no_faster() -> None:
-    """Four times the nodes may take eight times as long, not sixteen; 1,000 nodes take a third of a second when idle."""
+    """Four times the nodes may take eight times as long, not sixteen; 1,000 nodes take about a third of a second."""
 
     def seconds(blocks: int) -> float:
         class Deep(nn.Module):

@@ -59,7 +59,7 @@ EXAMPLES = [
     ),
 ]
 
-test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(Canonicalize(), EXAMPLES)
+test_fires, _, test_means_the_same, test_is_idempotent = four_tests(Canonicalize(), EXAMPLES)
 
 
 def test_random_numbers_are_not_shared() -> None:

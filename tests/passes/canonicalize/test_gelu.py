@@ -60,7 +60,8 @@ EXAMPLES = [
     _spelling("sigmoid_of_twice", lambda x: x * sigmoid(2 * ROOT * (x + 0.044715 * x**3)), "tanh"),
     Example(
         "of_a_sum",
-        lambda: Function(lambda x, b: (lambda y: 0.5 * y * (1 + erf(y / math.sqrt(2))))(x * 3 + b), b=torch.rand(16)), SHAPE,
+        lambda: Function(lambda x, b: (lambda y: 0.5 * y * (1 + erf(y / math.sqrt(2))))(x * 3 + b), b=torch.rand(16)),
+        SHAPE,
         golden="""
         mul = mul(x, 3)
         add = add(mul, @b)
@@ -69,7 +70,9 @@ EXAMPLES = [
         """,
     ),
     Example(
-        "in_float32", lambda: Function(_in_float32), lambda: (torch.randn(2, 5).to(torch.bfloat16),),
+        "in_float32",
+        lambda: Function(_in_float32),
+        lambda: (torch.randn(2, 5).to(torch.bfloat16),),
         golden="""
         _to_copy_2 = _to_copy(x, dtype=float32)
         gelu = gelu(_to_copy_2)
@@ -79,17 +82,26 @@ EXAMPLES = [
     ),
     _other("sigmoid_gelu", lambda x: x * sigmoid(1.702 * x)),
     _other("silu", lambda x: x * sigmoid(x)),
-    _other("four_digits", lambda x: 0.5 * x * (1 + erf(x * 0.7071)), "its constants differ from those of GELU by 1e-05"),
-    _other("float32_digits", lambda x: 0.5 * x * (1 + erf(x * float(torch.tensor(0.5).sqrt()))),
-           "its constants differ from those of GELU by 2e-08"),
-    _other("another_cubic", lambda x: 0.5 * x * (1 + tanh(ROOT * (x + 0.0447 * x**3))), "differ from those of GELU by 3e-04"),
+    _other(
+        "four_digits", lambda x: 0.5 * x * (1 + erf(x * 0.7071)), "its constants differ from those of GELU by 1e-05"
+    ),
+    _other(
+        "float32_digits",
+        lambda x: 0.5 * x * (1 + erf(x * float(torch.tensor(0.5).sqrt()))),
+        "its constants differ from those of GELU by 2e-08",
+    ),
+    _other(
+        "another_cubic",
+        lambda x: 0.5 * x * (1 + tanh(ROOT * (x + 0.0447 * x**3))),
+        "differ from those of GELU by 3e-04",
+    ),
     _other("whole", lambda x: x * (1 + erf(x / math.sqrt(2)))),
     _other("another_factor", lambda x: 0.5 * torch.sin(x) * (1 + erf(x / math.sqrt(2)))),
     _other("minus", lambda x: 0.5 * x * (1 - erf(x / math.sqrt(2)))),
     _other("erf_alone", lambda x: erf(x / math.sqrt(2)) + x),
     _other("squared", lambda x: 0.5 * x * (1 + tanh(ROOT * (x + 0.044715 * x**2)))),
     _other("broadcast", lambda x: 0.5 * x[:, :1] * (1 + erf(x / math.sqrt(2)))),
-]  # fmt: skip
+]
 
 test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(Canonicalize(), EXAMPLES)
 
@@ -97,14 +109,17 @@ test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(
 def test_intermediate_values_may_be_read_elsewhere() -> None:
     """The erf stays for its other reader, GELU is recognised all the same."""
     example = Example(
-        "read", lambda: Function(lambda x: ((e := erf(x / math.sqrt(2))), 0.5 * x * (1 + e))), SHAPE, fires=1,
+        "read",
+        lambda: Function(lambda x: ((e := erf(x / math.sqrt(2))), 0.5 * x * (1 + e))),
+        SHAPE,
+        fires=1,
         golden="""
         div = div(x, 1.4142135623730951)
         erf = erf(div)
         gelu = gelu(x)
         return erf, gelu
         """,
-    )  # fmt: skip
+    )
     fires, _, same, idempotent = four_tests(Canonicalize(), [example])
     for test in (fires, same, idempotent):
         test(example)

@@ -61,43 +61,63 @@ EXAMPLES = [
     _spelling("divided_by_a_power", _norm(lambda x: x / ((x**2).mean(-1, keepdim=True) + 1e-6) ** 0.5)),
     Example(
         "eps_in_a_buffer",
-        lambda: Function(lambda x, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w, w=W,
-                         buffer_e=torch.tensor(1e-6, dtype=torch.float64)),
+        lambda: Function(
+            lambda x, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w,
+            w=W,
+            buffer_e=torch.tensor(1e-6, dtype=torch.float64),
+        ),
         SHAPE,
         golden=ONE_OPERATOR,
     ),
     Example("without_weight", lambda: SpelledRMSNorm(16), SHAPE, fires=1, rule="recognise_rms_norm"),
     Example(
-        "half_precision", lambda: Function(_half_precision, w=W.to(torch.bfloat16)), _bf16_inputs,
+        "half_precision",
+        lambda: Function(_half_precision, w=W.to(torch.bfloat16)),
+        _bf16_inputs,
         golden="""
         rms_norm_2 = rms_norm(x, [16], @w, eps=1e-06)
         return rms_norm_2
         """,
     ),
     Example(
-        "narrow_factor", lambda: Function(_narrow_factor, w=W.to(torch.bfloat16)), _bf16_inputs,
+        "narrow_factor",
+        lambda: Function(_narrow_factor, w=W.to(torch.bfloat16)),
+        _bf16_inputs,
         golden="""
         rms_norm_2 = rms_norm(x, [16], @w, eps=1e-06)
         return rms_norm_2
         """,
     ),
     Example(
-        "offset_weight", lambda: Function(_offset_weight, w=W), SHAPE, golden=ONE_OPERATOR,
+        "offset_weight",
+        lambda: Function(_offset_weight, w=W),
+        SHAPE,
+        golden=ONE_OPERATOR,
     ),
     Example(
-        "weight_of_another_type", lambda: Function(lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w,
-                                                   w=W.to(torch.bfloat16)), SHAPE,
-        fires=0, rule="take_weight", declines="are of different types",
+        "weight_of_another_type",
+        lambda: Function(
+            lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w, w=W.to(torch.bfloat16)
+        ),
+        SHAPE,
+        fires=0,
+        rule="take_weight",
+        declines="are of different types",
     ),
     Example(
         "read_before_the_weight",
-        lambda: Function(lambda x, w: ((y := x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)) * w, y), w=W), SHAPE,
-        fires=0, rule="take_weight", declines="rms_norm is read by 2 nodes (mul_2, output)",
+        lambda: Function(lambda x, w: ((y := x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)) * w, y), w=W),
+        SHAPE,
+        fires=0,
+        rule="take_weight",
+        declines="rms_norm is read by 2 nodes (mul_2, output)",
     ),
     Example(
         "weight_for_each_row",
-        lambda: Function(lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w, w=torch.rand(5, 16)), SHAPE,
-        fires=0, rule="take_weight",
+        lambda: Function(lambda x, w: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w, w=torch.rand(5, 16)),
+        SHAPE,
+        fires=0,
+        rule="take_weight",
     ),
     _plain(lambda x: x * torch.rsqrt((x * x).mean(1, keepdim=True) + 1e-6), "another_axis"),
     _plain(lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6), "a_sum"),
@@ -108,10 +128,14 @@ EXAMPLES = [
     _plain(lambda x: (x - x.mean(-1, keepdim=True)) * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), "centred"),
     Example(
         "no_fixed_width",
-        lambda: Function(lambda x: x.transpose(0, 2) * torch.rsqrt((x * x).transpose(0, 2).mean(-1, keepdim=True) + 1e-6)),
-        SHAPE, fires=0, rule="recognise_rms_norm",
+        lambda: Function(
+            lambda x: x.transpose(0, 2) * torch.rsqrt((x * x).transpose(0, 2).mean(-1, keepdim=True) + 1e-6)
+        ),
+        SHAPE,
+        fires=0,
+        rule="recognise_rms_norm",
     ),
-]  # fmt: skip
+]
 
 test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(Canonicalize(), EXAMPLES)
 

@@ -35,12 +35,13 @@ EXAMPLES = [
     Example("one_norm_for_all", lambda: nn.Sequential(_wrapped(nn.Linear(6, 4), None)), (3, 6), fires=1),
     Example(
         "computed_magnitude",
-        lambda: Function(lambda x, v: nn.functional.linear(x, torch._weight_norm(v, x.mean() + v[:, :1], 0)),
-                         v=torch.rand(4, 6)),
+        lambda: Function(
+            lambda x, v: nn.functional.linear(x, torch._weight_norm(v, x.mean() + v[:, :1], 0)), v=torch.rand(4, 6)
+        ),
         (3, 6),
         declines="g of _weight_norm is computed by add, not a weight",
     ),
-]  # fmt: skip
+]
 
 test_fires, test_declines, test_means_the_same, test_is_idempotent = four_tests(PASS, EXAMPLES)
 
@@ -51,7 +52,7 @@ def test_models(name: str) -> None:
     example = Example(name, lambda: model.module, lambda: model.example_inputs, batch=False)  # type: ignore[arg-type,return-value]
     check_means_the_same(PASS, example)
     program = before(example, PASS)
-    after, changes = apply(PASS, program)
+    after, _ = apply(PASS, program)
     assert "_weight_norm" not in operators(after)
     # The weights are called what the user calls them, and the parts are gone.
     weights = [weight for weight in after.weights if not weight.endswith("bias")]
