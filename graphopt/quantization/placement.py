@@ -90,6 +90,12 @@ def place(program: Program, target: Target, refusal: Callable[[fx.Node], str]) -
     return _Placer(program, target, refusal).run()
 
 
+def nothing_to_quantize(target: Target) -> str:
+    """Return the sentence for a program without a single anchor."""
+    anchors = ", ".join(sorted(name for name, spec in target.operators.items() if spec.role == "anchor"))
+    return f"it has no operator with float32 weights that {target.name} runs on integers ({anchors})"
+
+
 class _Placer:
     def __init__(self, program: Program, target: Target, refusal: Callable[[fx.Node], str]) -> None:
         self.program, self.target, self.refusal = program, target, refusal

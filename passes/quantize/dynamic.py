@@ -20,7 +20,7 @@ from torch import fx
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import grid
-from graphopt.quantization.placement import place
+from graphopt.quantization.placement import nothing_to_quantize, place
 from graphopt.quantization.weights import dequantized, quantize_weight
 
 
@@ -37,6 +37,8 @@ class QuantizeDynamic(LossyPass):
         for node, reason in placement.declined:
             if context.target.operators.get(operator(node)) and context.target.operators[operator(node)].role == "anchor":
                 rewriter.decline(node, reason)
+        if not anchors:
+            rewriter.decline("program", nothing_to_quantize(context.target))
         codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
         for node in [node for node in program.graph.nodes if node in anchors]:
             if not context.target.operators[operator(node)].dynamic:

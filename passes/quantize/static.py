@@ -22,7 +22,7 @@ from graphopt.calibration import Histogram, collect
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import grid
-from graphopt.quantization.placement import Placement, Value, place
+from graphopt.quantization.placement import Placement, Value, nothing_to_quantize, place
 from graphopt.quantization.ranges import Observer, affine, choose_range
 from graphopt.quantization.weights import dequantized, quantize_weight
 
@@ -47,7 +47,9 @@ class QuantizeStatic(LossyPass):
         placement = place(program, context.target, functools.partial(self.refusal, program))
         for node, reason in placement.declined:
             rewriter.decline(node, reason)
-        if placement.anchors:
+        if not placement.anchors:
+            rewriter.decline("program", nothing_to_quantize(context.target))
+        else:
             observed = [value.node for value in placement.values if value.observed]
             batches = context.needed_calibration(self.name)
             histograms = collect(program, observed, batches, context.progress)

@@ -164,7 +164,9 @@ def test_nothing_to_quantize_is_no_change_and_reads_no_data() -> None:
 
     program = capture(Sort().eval(), (torch.randn(4, 4),))
     _, trace = run_passes(program, [QuantizeStatic()], Context(ONNXRUNTIME_CPU))
-    assert not trace["quantize_static"].changed
+    record = trace["quantize_static"]
+    assert not record.changed
+    assert [site.node for site in record.skipped] == ["program"] and "no operator" in record.skipped[0].reason
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
