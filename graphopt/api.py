@@ -12,7 +12,7 @@ import torch
 from graphopt.budget import Budget
 from graphopt.calibration import Batches, check_source
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, described
 from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
 from graphopt.pipeline import Context, Pass, Recipe, as_recipe, builtin, run_passes
@@ -136,8 +136,7 @@ def _metric(evaluate: Callable[[Any], float], program: Program, what: str) -> fl
     except GraphoptError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise GraphoptError(f"evaluate failed on {what}: {type(error).__name__}: {reason}") from error
+        raise GraphoptError(f"evaluate failed on {what}: {described(error)}") from error
     if _identities(program) != held:
         raise GraphoptError(
             f"evaluate changed the weights of {what}; let it train or convert copy.deepcopy(model) instead"

@@ -83,27 +83,28 @@ class OnnxBackend:
 
         The file appears when all of this has succeeded.
         """
-        with self._written(program, path) as (file, opset):
+        with scratch() as folder, self._written(program, path) as (file, opset):
             report = _proven(program, file, opset)
             if baseline is None:
                 report.notes.append("the float model is not at hand, so nothing was compared with it")
             else:
-                self._compare(report, program, baseline, measure)
+                self._compare(report, program, baseline, folder / "float.onnx", measure)
         report.path = path
         return report
 
-    def _compare(self, report: ExportReport, program: Program, baseline: Program, measure: bool) -> None:
+    def _compare(
+        self, report: ExportReport, program: Program, baseline: Program, reference: Path, measure: bool
+    ) -> None:
+        """Compare outputs with the float model's, and the file with the float export, written to `reference`."""
         feeds = feeds_of(program)
         report.sqnr_db = _worst_sqnr(_torch_outputs(baseline), list(run_onnx(report.path, feeds).values()))
-        with scratch() as folder:
-            reference = folder / "float.onnx"
-            try:
-                self.lower(baseline, reference)
-                report.baseline_size_bytes = _file_bytes(reference)
-                if measure:
-                    self._measure(report, reference, feeds)
-            except GraphoptError as error:
-                report.notes.append(f"there is no float file to compare with: {error}")
+        try:
+            self.lower(baseline, reference)
+            report.baseline_size_bytes = _file_bytes(reference)
+            if measure:
+                self._measure(report, reference, feeds)
+        except GraphoptError as error:
+            report.notes.append(f"there is no float file to compare with: {error}")
 
     @staticmethod
     def _measure(report: ExportReport, reference: Path, feeds: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ ONNXRUNTIME_CPU = Target(
         "avg_pool1d": "the integer average pool is an order of magnitude slower than the float one",
         "avg_pool2d": "the integer average pool is an order of magnitude slower than the float one",
         "avg_pool3d": "the integer average pool is an order of magnitude slower than the float one",
+        "silu": "the runtime's float form is one operator and faster than its integer Sigmoid and Mul",
         "softmax": "the integer softmax is several times slower than the float one",
         "scaled_dot_product_attention": "attention scores stay float: quantizing costs accuracy and the fused operator",
         "matmul": "products of two activations stay float: both ranges would be unknown to the weights",

@@ -80,8 +80,12 @@ def share_zero_points(model: ir.Model) -> None:
 def drop_inferable_types(model: ir.Model) -> None:
     """Remove the type and shape of what Q and DQ write, and of what only a Q reads; graph outputs keep theirs.
 
-    The latter are values inside an integer operator: no runtime that fuses Q/DQ ever computes them.
+    The latter are values inside an integer operator: no runtime that fuses Q/DQ ever computes them. Initializers carry
+    their type and shape with their data.
     """
+    for value in model.graph.initializers.values():
+        if not value.is_graph_output():
+            value.type = value.shape = None
     hidden: set[ir.Value] = set()
     for node in reversed(list(model.graph)):
         for value in node.outputs:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.printing import type_text
 from graphopt.ir.program import Program, Signature
 
@@ -104,7 +104,7 @@ class Batches:
                 self._spool = tempfile.TemporaryDirectory(prefix="graphopt-calibration-")
             torch.save(own, Path(self._spool.name) / f"{self._spooled}.pt")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise GraphoptError(
                 f"cannot keep the calibration data in {tempfile.gettempdir()} ({reason}); point TMPDIR to a folder "
                 "with room, or pass a list or a DataLoader instead of a generator"

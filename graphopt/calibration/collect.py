@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphopt.calibration.batches import EMPTY, Batches
 from graphopt.calibration.observers import Histogram
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, described
 from graphopt.ir.program import Program
 from graphopt.progress import Progress
 
@@ -45,9 +45,8 @@ def collect(
             except (GraphoptError, MemoryError):
                 raise
             except Exception as error:  # an index beyond a table, sizes of inputs that do not go together
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise GraphoptError(
-                    f"the model does not run on calibration batch {count} ({type(error).__name__}: {reason}); "
+                    f"the model does not run on calibration batch {count} ({described(error)}); "
                     "give batches like the example inputs"
                 ) from error
             count += 1

@@ -51,6 +51,7 @@ def _difference(was: Any, now: Any, compare_values: bool) -> str:
         return f"{now.dtype}{list(now.shape)} instead of {was.dtype}{list(was.shape)}"
     if not compare_values or not was.is_floating_point() or not was.numel():
         return ""  # whole numbers may follow from a tie in an argmax or a sort
+    was, now = was.detach(), now.detach()  # a model may return a parameter
     both = torch.isfinite(was) & torch.isfinite(now)
     if not bool(both.any()):
         return ""

@@ -10,19 +10,26 @@ from torch import Tensor, nn
 from torch.export import AdditionalInputs, Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.program import Program, fake_value
 
 
-def dimension_names(
-    program: Program, model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic_shapes: Any
-) -> dict[str, str]:
-    """Return `symbol -> name` for every dimension that `dynamic_shapes` gives by name.
-
-    `call`: the arguments that the model was exported with. `Dim.AUTO` and dimensions derived from others have no name
-    of their own, and what was traced as a constant has no symbol.
-    """
+def written_out(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], dynamic_shapes: Any) -> Any:
+    """Return dynamic shapes as plain data; torch's collections hold on to the very tensors of the call."""
     if isinstance(dynamic_shapes, AdditionalInputs | ShapesCollection):
-        dynamic_shapes = dynamic_shapes.dynamic_shapes(model, *call)  # type: ignore[no-untyped-call]
+        try:
+            return dynamic_shapes.dynamic_shapes(model, *call)  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever torch's own checks raise
+            raise GraphoptError(f"dynamic_shapes does not fit the example inputs: {first_line(error)}") from error
+    return dynamic_shapes
+
+
+def dimension_names(program: Program, dynamic_shapes: Any) -> dict[str, str]:
+    """Return `symbol -> name` for every dimension that `dynamic_shapes`, written out, gives by name.
+
+    `Dim.AUTO` and dimensions derived from others have no name of their own, and what was traced as a constant has no
+    symbol.
+    """
     signature = program.signature
     args, kwargs = pytree.tree_unflatten([fake_value(node) for node in program.placeholders], signature.in_spec)
     given = dict(zip(signature.parameters, args, strict=False)) | kwargs

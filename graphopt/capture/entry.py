@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from graphopt.calibration.batches import call_form
 from graphopt.capture.compare import check_same_function
-from graphopt.capture.dimensions import dimension_names
+from graphopt.capture.dimensions import dimension_names, written_out
 from graphopt.capture.export import functional, notes_of, refuse_training_graph, traced
 from graphopt.capture.inputs import check_call, check_tensors, conventional_inputs, forward_parameters, own_copy
 from graphopt.capture.modes import inference, unwrapped
@@ -72,6 +72,7 @@ def _of_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Pr
     check_call(model, args, kwargs)
     register_dataclasses((args, kwargs))
     check_tensors(args, kwargs, parameters)
+    dynamic_shapes = written_out(model, (args, kwargs), dynamic_shapes)
     args, kwargs = own_copy((args, kwargs))
     with inference(model) as was_training:
         reference = eager_outputs(model, args, kwargs)
@@ -79,7 +80,7 @@ def _of_module(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Pr
     notes = ["the model was in train mode and was captured in eval mode, as a graph for inference"] * was_training
     program = _finish(exported, parameters, (args, kwargs), notes)
     if dynamic_shapes is not None:
-        program.dimension_names = dimension_names(program, model, (args, kwargs), dynamic_shapes)
+        program.dimension_names = dimension_names(program, dynamic_shapes)
     check_same_function(program, reference)
     return program
 

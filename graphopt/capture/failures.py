@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, described, first_line
 
 _TORCH = str(Path(torch.__file__).parent)
 _STANDARD = sysconfig.get_paths()["stdlib"]
@@ -97,7 +97,7 @@ _OTHERWISE = "write that line with torch operators on the inputs, or leave that 
 def eager_failure(model: nn.Module, error: Exception) -> GraphoptError:
     """The module raised `error` when run as it is: the inputs or the module are wrong, not the capture."""
     return GraphoptError(
-        f"the model itself fails on the example inputs: {type(error).__name__}: {_first_line(error)}{_at(error)}; "
+        f"the model itself fails on the example inputs: {_plain(described(error))}{_at(error)}; "
         f"check that {type(model).__name__}(*example_inputs) runs"
     )
 
@@ -111,7 +111,7 @@ def export_failure(model_name: str, error: Exception) -> GraphoptError:
             detail = _detail(error)
             return GraphoptError(f"cannot capture {model_name}: {what}{_at(error)}{detail}; {cause.help}")
     return GraphoptError(
-        f"cannot capture {model_name}: {type(error).__name__}: {_first_line(error)}{_at(error)}; {_OTHERWISE}"
+        f"cannot capture {model_name}: {_plain(described(error))}{_at(error)}; {_OTHERWISE}"
     )
 
 
@@ -119,7 +119,7 @@ def _detail(error: Exception) -> str:
     """What torch says about dimensions, in brackets: the constraint and the fix it suggests."""
     text = str(error)
     if "dynamic_shapes" in text and "Constraints violated" not in text:
-        return f" ({_first_line(error)})"
+        return f" ({_plain(first_line(error))})"
     constraint = re.search(r"^\s*- (.+?)(?:\. |$)", text, re.MULTILINE)
     fixes = re.search(r"Suggested fixes:\n((?:[ \t]+\S.*\n?)+)", text)
     if "Constraints violated" not in text or not constraint:
@@ -128,11 +128,9 @@ def _detail(error: Exception) -> str:
     return f" ({constraint[1]}" + (f"; suggested: {suggested}" if suggested else "") + ")"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "no message"
-    text = text.split(" For more information about this error")[0].rstrip(".")
-    return text if len(text) <= 300 else text[:297] + "..."
+def _plain(text: str) -> str:
+    """Return a line of torch's without the sentence that points to its documentation."""
+    return text.split(" For more information about this error")[0].rstrip(".")
 
 
 def _at(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.analysis.cost import size_hint
-from graphopt.errors import GraphoptError, nearest
+from graphopt.errors import GraphoptError, first_line, nearest
 from graphopt.ir import Program
 
 _SENSIBLE_BATCH = 16  # where the model takes any number of samples and the example has few
@@ -70,7 +70,7 @@ class SampleFile:
             raise GraphoptError(f"there is no file {path}") from None
         except _READ_ERRORS as error:
             raise GraphoptError(
-                f"{path} is no readable npz file ({_reason(error)}); write it with numpy.savez"
+                f"{path} is no readable npz file ({first_line(error)}); write it with numpy.savez"
             ) from None
         if not headers:
             raise GraphoptError(f"{path} holds no arrays; give one per input of the model, axis 0 = samples")
@@ -201,7 +201,7 @@ class SampleBatches:
                 for reader in readers.values():
                     reader.finish()
         except (*_READ_ERRORS, KeyError) as error:
-            raise GraphoptError(f"{path} cannot be read ({_reason(error)}); write it again with numpy.savez") from None
+            raise GraphoptError(f"{path} cannot be read ({first_line(error)}); write it again with numpy.savez") from None
 
     def _form(self, values: dict[str, Tensor]) -> Any:
         """Put named values into the structure the model was captured with."""
@@ -267,7 +267,3 @@ def _header(stream: IO[bytes]) -> Header:
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     """Return the dtype an array must have; numpy has no bfloat16, whose values float32 holds exactly."""
     return np.dtype(np.float32) if dtype is torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, described, first_line
 from graphopt.files import replacing
 from graphopt.ir.archive_checks import MODEL, SAMPLE_INPUTS, Refusal, check_members, foreign_types, member_names
 from graphopt.ir.exported import from_exported, to_exported
@@ -91,7 +91,7 @@ def save_program(program: Program, path: Path) -> None:
                 raise sink.failure from error
             if isinstance(error, OSError | GraphoptError):
                 raise
-            raise GraphoptError(f"cannot save the program to {path}: {_first_line(error)}") from error
+            raise GraphoptError(f"cannot save the program to {path}: {first_line(error)}") from error
 
 
 class _Sink(io.IOBase):
@@ -239,7 +239,7 @@ def _check(path: Path, data: bytes, names: list[str]) -> None:
             "run code"
         ) from refusal.__cause__
     except (RuntimeError, *_MISFIT) as error:
-        raise GraphoptError(f"{path} is damaged: {_first_line(error)}") from error
+        raise GraphoptError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _make_known(path: Path, data: bytes, trust: bool) -> None:
@@ -266,8 +266,7 @@ def _load(path: Path, data: bytes) -> tuple[ExportedProgram, dict[str, Any]]:
         except Exception as error:  # a file that is not what it says may make the loader raise anything
             # After a first failure torch tries the format before .pt2, whose failure says nothing.
             cause = logged[0] if logged and isinstance(logged[0], Exception) else error
-            what = f"{type(cause).__name__}: {_first_line(cause)}"
-            raise GraphoptError(f"cannot load {path}, which is damaged or of another version: {what}") from cause
+            raise GraphoptError(f"cannot load {path}, which is damaged or of another version: {described(cause)}") from cause
 
 
 def _check_operators(path: Path, exported: ExportedProgram) -> None:
@@ -283,12 +282,6 @@ def _check_operators(path: Path, exported: ExportedProgram) -> None:
                 harmless = getattr(target, "__module__", None) in _PYTHON
             if not harmless:
                 raise GraphoptError(f"{path} is refused because its graph calls {target}; pass trust=True to load it")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 class _Trap(logging.Handler):

@@ -87,8 +87,7 @@ def _check_value(program: Program, node: fx.Node, mode: Any) -> None:
     except UNKNOWABLE:
         return
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _fail(program, node, f"its operator refuses its inputs: {reason}")
+        _fail(program, node, f"its operator refuses its inputs: {first_line(error)}")
     if not same_type(node.meta["val"], derived):
         _fail(program, node, f"its operator gives {type_text(derived)}, the node says {type_text(node.meta['val'])}")
 

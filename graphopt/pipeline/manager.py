@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.analysis.cost import macs, parameter_bytes, parameters, weight_bits
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, described
 from graphopt.ir.printing import node_text, program_text
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
@@ -105,7 +105,7 @@ class _Run:
             raise
         except Exception as error:
             _check_untouched(each, program, versions)
-            reason = f"it failed with {type(error).__name__}: {_first_line(error)}{_place(each, error)}"
+            reason = f"it failed with {described(error)}{_place(each, error)}"
             if self.context.strict:
                 raise
             if not each.exact:
@@ -183,10 +183,6 @@ def _check_untouched(each: Pass, program: Program, before: dict[str, int | None]
             raise PassError(
                 f"{each.name} wrote into the weight {name} in place; weights are replaced, never overwritten"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def _place(each: Pass, error: Exception) -> str:

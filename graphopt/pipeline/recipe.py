@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from graphopt.errors import GraphoptError, nearest
+from graphopt.errors import GraphoptError, first_line, nearest
 from graphopt.pipeline.passes import LossyPass, Pass, build
 from graphopt.pipeline.registry import make_pass
 
@@ -141,9 +141,7 @@ def read_yaml(text: str, source: str) -> Any:
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise GraphoptError(f"{source} is not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = (
-            type(error).__name__ if isinstance(error, RecursionError) or not str(error) else str(error).splitlines()[0]
-        )
+        reason = type(error).__name__ if isinstance(error, RecursionError) else first_line(error)
         raise GraphoptError(f"{source} is not valid YAML: {reason}") from None
 
 

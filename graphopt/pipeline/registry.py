@@ -11,7 +11,7 @@ import types
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from graphopt.errors import GraphoptError, nearest
+from graphopt.errors import GraphoptError, described, nearest
 from graphopt.pipeline.passes import Pass, build, parse
 from graphopt.target import Target
 
@@ -35,8 +35,7 @@ def _classes(entry: EntryPoint) -> list[Any]:
     except GraphoptError:
         raise
     except Exception as error:  # whatever a third party's module raises when it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise GraphoptError(f"{what} cannot be imported ({reason}); repair or uninstall its package") from error
+        raise GraphoptError(f"{what} cannot be imported ({described(error)}); repair or uninstall its package") from error
 
 
 def _entries(group: str) -> dict[str, Any]:

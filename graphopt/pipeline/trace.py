@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from graphopt.errors import GraphoptError, nearest
+from graphopt.errors import GraphoptError, first_line, nearest
 from graphopt.files import write_text
 from graphopt.ir.rewriter import Site
 
@@ -166,9 +166,8 @@ class Trace:
                 if (record.index, record.stem) != (len(records), path.stem):
                     raise ValueError(f"record {len(records)} should come next")
             except (OSError, ValueError, AttributeError, RecursionError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise GraphoptError(
-                    f"the trace file {path} is damaged ({reason}); run the optimization again"
+                    f"the trace file {path} is damaged ({first_line(error)}); run the optimization again"
                 ) from None
             records.append(record)
         if not records:

@@ -192,8 +192,9 @@ class Validator:
             self._real = False
             twin = self._twin(program)
             self._reference = [_outputs(twin, example)]
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.note = f"the model does not run in float64 ({reason}); exact passes were checked in its own types"
+            self.note = (
+                f"the model does not run in float64 ({first_line(error)}); exact passes were checked in its own types"
+            )
         self._inputs = [example]
         self._pending = self._reference
         self._rounding = 0.0 if self._real else _rounding(program)

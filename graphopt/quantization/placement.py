@@ -36,6 +36,7 @@ class Value:
         readers: nodes that must read it through a dequantize.
         group: values with the same group share scale and zero point.
         starts_at_zero: an absorbed clamp needs the smallest code to mean zero.
+        upper: no code may mean more than this, where an absorbed clamp has an upper bound.
         observed: its distribution counts for the range (a transparent copy's does not).
     """
 
@@ -43,6 +44,7 @@ class Value:
     readers: list[fx.Node]
     group: fx.Node
     starts_at_zero: bool
+    upper: float
     observed: bool
 
 
@@ -154,6 +156,8 @@ class _Placer:
                     return f"its {name} {part.target} is empty"
         if isinstance(named.get("padding"), str):
             return "its padding is given by name"
+        if operator(node) == "linear" and node.meta["val"].dim() < 2:
+            return "its input has a single axis"
         return ""
 
     def readers(self, value: fx.Node) -> Iterator[fx.Node]:
@@ -202,10 +206,20 @@ class _Placer:
             assert producer_spec is not None
             if producer_spec.role == "anchor" and producer_spec.requires_output:
                 return ""
-        if operator(node) == "getitem" and any(part not in self.integer for part in node.args[0].users):  # type: ignore[union-attr]
-            return "another part of the split is float"
+        if operator(node) == "getitem" and (reason := self._other_parts(node)):
+            return reason
         if not self.reads_integer(node) and not (spec.role == "follower" and _shrinks(node, inputs[0])):
             return "nobody reads it on integers"
+        return ""
+
+    def _other_parts(self, part: fx.Node) -> str:
+        """Return why a part of a split cannot be integer on its own: the kernel writes all parts."""
+        split = part.args[0]
+        assert isinstance(split, fx.Node)
+        if any(other not in self.integer for other in split.users):
+            return "another part of the split is float"
+        if len({other.args[1] for other in split.users}) < len(split.meta["val"]):
+            return "another part of the split is not used"
         return ""
 
     def values(self) -> None:
@@ -214,21 +228,22 @@ class _Placer:
             if node in self.integer and self.role(node) == "transparent":
                 for each in activations(node, self._spec(node)):
                     groups.unite(each, node)
-        zero = {groups.find(node) for node in self.integer if self.role(node) == "absorbed"}
+        bounds = {groups.find(node): _upper_bound(node) for node in self.integer if self.role(node) == "absorbed"}
         for node in self.program.graph.nodes:
             if node in self.integer and kind(node) == "cat":
                 members = [groups.find(each) for each in (node, *activations(node, self._spec(node)))]
-                # A branch that clamps at zero needs its own zero point, unless all branches do.
-                if len({member in zero for member in members[1:]}) == 1:
+                # A branch that is clamped needs its own parameters, unless all branches are clamped alike.
+                if len({bounds.get(member) for member in members[1:]}) == 1:
                     for member in members[1:]:
                         groups.unite(members[0], member)
-                    zero = {groups.find(member) for member in zero}
+                    bounds = {groups.find(member): bound for member, bound in bounds.items()}
         for node in self.program.graph.nodes:
             readers = self._quantized_readers(node)
             if readers:
                 group = groups.find(node)
                 copy = node in self.integer and self.role(node) == "transparent"
-                self.result.values.append(Value(node, readers, group, group in zero, not copy))
+                upper = bounds.get(group, math.inf)
+                self.result.values.append(Value(node, readers, group, group in bounds, upper, not copy))
 
     def _spec(self, node: fx.Node) -> IntegerOperator:
         spec = self.spec(node)
@@ -290,6 +305,15 @@ class _Groups:
         if a is not b:
             first, second = (a, b) if a < b else (b, a)
             self._parent[second] = first
+
+
+def _upper_bound(node: fx.Node) -> float:
+    """Return the upper bound of a clamp from zero; infinite for a ReLU."""
+    named, name = arguments(node), operator(node)
+    if name == "relu6":
+        return 6.0
+    high = named.get("max_val") if name == "hardtanh" else named.get("max")
+    return math.inf if high is None else float(high)
 
 
 def _clamps_from_zero(node: fx.Node) -> bool:

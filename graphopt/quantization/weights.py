@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir import dialect
+from graphopt.ir.printing import digest
 from graphopt.ir.rewriter import Rewriter
 from graphopt.quantization.grids import IntegerGrid
 from graphopt.quantization.ranges import symmetric_scale
@@ -23,15 +24,22 @@ class QuantizedWeight:
     scales: Tensor
 
 
-def quantize_weight(rewriter: Rewriter, source: fx.Node, grid: IntegerGrid, axis: int) -> QuantizedWeight:
+def quantize_weight(
+    rewriter: Rewriter, source: fx.Node, grid: IntegerGrid, axis: int, least_scale: Tensor | None = None
+) -> QuantizedWeight:
     """Replace a weight by symmetric per-channel codes along `axis`; users of a tied weight share them.
 
-    The zero point is written although it is zero: runtimes match Q/DQ pairs with three inputs.
+    `least_scale` [channels] is a lower bound of the scales: a coarser grid for channels that are almost zero. The zero
+    point is written although it is zero: runtimes match Q/DQ pairs with three inputs.
     """
+    value = rewriter.value(source)
+    scale = symmetric_scale(value, grid, axis)
+    key = f"quantize {grid.name} along {axis}"
+    if least_scale is not None and bool((least_scale > scale).any()):
+        scale = torch.maximum(scale, least_scale).to(torch.float32).to(torch.float64)
+        key += f" not finer than {digest(scale)}"
 
     def make() -> QuantizedWeight:
-        value = rewriter.value(source)
-        scale = symmetric_scale(value, grid, axis)
         codes = dialect.quantize(value, scale, None, axis, 0, grid.name)
         name = str(source.target)
         zero_point = torch.zeros(scale.shape, dtype=grid.storage)
@@ -42,7 +50,7 @@ def quantize_weight(rewriter: Rewriter, source: fx.Node, grid: IntegerGrid, axis
             scale,
         )
 
-    return rewriter.once(source, f"quantize {grid.name} along {axis}", make)
+    return rewriter.once(source, key, make)
 
 
 def dequantized(rewriter: Rewriter, weight: QuantizedWeight, axis: int, grid: IntegerGrid, reader: fx.Node) -> fx.Node:

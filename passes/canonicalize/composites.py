@@ -8,6 +8,7 @@
     conv2d(x, ..., padding="same")                  ->  conv2d(x, ..., padding=[1, 1])
     _softmax(x, d, False), _log_softmax(x, d, False) ->  softmax(x, d), log_softmax(x, d)
     _adaptive_avg_pool2d(x, s)                      ->  adaptive_avg_pool2d(x, s)
+    clamp(x, 0, 0.5)                                ->  clamp(x, 0.0, 0.5)          exporters want bounds of one type
 
 Exact: one operator under one name. A program that somebody decomposed before handing it over becomes the one that
 capture makes of a module.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir import Match, Program, Rewriter, arguments, operator, rule, static_shape
+from graphopt.ir import Match, Program, Rewriter, arguments, is_floating, operator, rule, static_shape
 from graphopt.passes.canonicalize.operators import tensor_of
 
 aten = torch.ops.aten
@@ -94,6 +95,13 @@ def _adaptive_avg_pool(named: dict[str, Any], node: fx.Node) -> Call | None:
     return getattr(aten, operator(node).removeprefix("_")).default, (named["self"], named["output_size"])
 
 
+def _clamp(named: dict[str, Any], node: fx.Node) -> Call | None:
+    bounds = named["min"], named["max"]
+    if {type(bound) for bound in bounds} != {int, float} or not is_floating(named["self"]):
+        return None
+    return aten.clamp.default, (named["self"], *(float(bound) for bound in bounds))
+
+
 Builder = Callable[[dict[str, Any], fx.Node], Call | None]
 
 # Operators of which only the first output has a meaning in eval mode, read by getitem.
@@ -115,6 +123,7 @@ _WHOLE: dict[str, Builder] = {
     "conv3d": _named_padding,
     "_softmax": _softmax,
     "_log_softmax": _softmax,
+    "clamp": _clamp,
     "_adaptive_avg_pool2d": _adaptive_avg_pool,
     "_adaptive_avg_pool3d": _adaptive_avg_pool,
 }

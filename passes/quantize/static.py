@@ -14,6 +14,7 @@ import functools
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import fx
@@ -21,7 +22,7 @@ from torch import fx
 from graphopt.calibration import Histogram, collect
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
-from graphopt.quantization.grids import grid
+from graphopt.quantization.grids import IntegerGrid, grid
 from graphopt.quantization.placement import Placement, Value, nothing_to_quantize, place
 from graphopt.quantization.ranges import Observer, affine, choose_range
 from graphopt.quantization.weights import dequantized, quantize_weight
@@ -76,7 +77,8 @@ class QuantizeStatic(LossyPass):
             low, high = choose_range(seen, target_grid, self.observer, self.percentile)
             if any(value.starts_at_zero for value in values):
                 low = 0.0
-            scale, zero_point = affine(low, high, target_grid)
+            scale, zero_point = affine(low, min(high, values[0].upper), target_grid)
+            scale = _within(scale, zero_point, values[0].upper, target_grid)
             ranges[group.name] = [low, high]
             scale_node = rewriter.weight(torch.tensor(scale), f"{group.name}_scale", torch.float32)
             zero_node = rewriter.weight(
@@ -93,10 +95,14 @@ class QuantizeStatic(LossyPass):
     ) -> None:
         weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
         named = arguments(node)
-        weight = quantize_weight(rewriter, named["weight"], weight_grid, 0)
+        bias = named.get("bias") if bias_joins else None
+        least_scale = None
+        if isinstance(bias, fx.Node):
+            # A channel of tiny weights and an ordinary bias would need a bias code beyond the grid: half of it is enough.
+            least_scale = rewriter.value(bias).abs() / (scales[named["input"]] * (bias_grid.code_max // 2))
+        weight = quantize_weight(rewriter, named["weight"], weight_grid, 0, least_scale)
         changes = {"weight": dequantized(rewriter, weight, 0, weight_grid, node)}
-        bias = named.get("bias")
-        if isinstance(bias, fx.Node) and bias_joins:
+        if isinstance(bias, fx.Node):
             # The accumulator counts in steps of scale_x * scale_w: a bias on that grid is added before any rounding.
             bias_scale = weight.scales * scales[named["input"]]
             codes = dialect.quantize(rewriter.value(bias), bias_scale, None, 0, 0, bias_grid.name)
@@ -114,6 +120,17 @@ class QuantizeStatic(LossyPass):
             )
         rewriter.rewire(node, **changes)
         rewriter.touch(node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}")
+
+
+def _within(scale: float, zero_point: int, upper: float, grid: IntegerGrid) -> float:
+    """Return the float32 scale, rounded down where the largest code would mean more than `upper`.
+
+    A runtime drops a clamp only when no code lies beyond it.
+    """
+    steps = np.float32(grid.code_max - zero_point)
+    while np.float32(scale) * steps > np.float32(upper):
+        scale = float(np.nextafter(np.float32(scale), np.float32(0)))
+    return scale
 
 
 def insert_pair(value: Value, scale: fx.Node, zero_point: fx.Node, format: str, rewriter: Rewriter) -> list[fx.Node]:

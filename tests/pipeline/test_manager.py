@@ -132,15 +132,22 @@ def test_a_pass_without_changes() -> None:
 
 def test_lossy_passes_record_noise_against_the_captured_program() -> None:
     program = made.net()
-    optimized, trace = run_passes(program, (made.MoveScale(), made.Coarse(), made.MoveScale(2.0)), made.context())
+    optimized, trace = run_passes(program, (made.MoveScale(), made.Coarse()), made.context())
     found = trace["coarse"].sqnr_db
     x = program.example_inputs[0][0]
     noise, signal = (optimized(x)[0] - program(x)[0]).square().sum(), program(x)[0].square().sum()
     assert found == pytest.approx(10 * (signal / noise).log10().item(), abs=0.1)
     assert 15 < found < 60
     assert trace["coarse"].facts == {"step": 0.125}
-    # A later exact pass is checked against what the lossy pass left, not against the original.
-    assert trace["move_scale#2"].error is not None
+
+
+def test_an_exact_pass_after_a_lossy_one_is_checked_against_what_that_left() -> None:
+    passes = (made.DoubleRelu(), made.Coarse(), made.DoubleRelu(), made.LieByRelu())
+    _, trace = run_passes(made.net(), passes, made.context())
+    assert trace["double_relu#2"].error == 0.0 and not trace["double_relu#2"].rejected
+    # Scaling through a rounding is not exact, and is found out.
+    _, trace = run_passes(made.net(), (made.Coarse(), made.MoveScale()), made.context())
+    assert trace["move_scale"].rejected
 
 
 def test_repeated_passes_are_numbered() -> None:

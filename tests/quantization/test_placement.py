@@ -136,7 +136,7 @@ class Encoder(nn.Module):
 
 
 def test_masks_scores_and_float_residuals_are_never_touched() -> None:
-    program, placement = placed(Encoder(), torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool))
+    _, placement = placed(Encoder(), torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool))
     assert integer_names(placement) == {"linear", "linear_1"}
     assert {value.node.name for value in placement.values} == {"layer_norm", "matmul_1"}
     fed_by_mask = {"mask", "_to_copy", "rsub", "mul"}
@@ -215,3 +215,36 @@ def test_weights_with_nan_and_computed_weights_keep_their_operator_float() -> No
     _, placement = placed(Computed(), torch.randn(2, 8), torch.randn(1))
     assert placement.anchors == []
     assert reasons(placement)["linear"] == "its weight is computed by mul"
+
+
+def test_concatenation_keeps_apart_clamps_with_different_upper_bounds() -> None:
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([F.relu6(self.a(x)), torch.relu(self.b(x))], 1))
+
+    _, placement = placed(Clamps(), torch.randn(1, 3, 4, 4))
+    six, open_ended = value_of(placement, "relu6"), value_of(placement, "relu")
+    assert six.group is not open_ended.group
+    assert (six.upper, open_ended.upper) == (6.0, float("inf"))
+
+
+def test_a_split_with_an_unused_part_stays_float() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).split(4, 1)[0])
+
+    _, placement = placed(Half(), torch.randn(1, 3, 4, 4))
+    assert all(operator(node) != "getitem" for node in placement.integer)
+
+
+def test_a_linear_on_a_vector_stays_float() -> None:
+    _, placement = placed(nn.Linear(4, 2), torch.randn(4))
+    assert placement.anchors == [] and reasons(placement) == {"linear": "its input has a single axis"}

@@ -197,6 +197,15 @@ def test_an_outlier_on_one_side_does_not_cost_the_other(observer: Observer) -> N
     assert high < 30 and low < -3  # sixty on one side, four on the other
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_outliers_on_both_sides_are_clipped_together(bits: int) -> None:
+    """Moving one end alone gains nothing while the other keeps the step coarse."""
+    data, on = draw("two outliers"), IntegerGrid(bits, signed=False)
+    low, high = choose_range(seen(data), on, "mse")
+    assert -20 < low < -1 and 1 < high < 30
+    assert squared_error(data, low, high, on) < 0.5 * squared_error(data, -35.0, 60.0, on)
+
+
 bound = st.floats(0, 1e30).filter(lambda value: value == 0 or value > 1e-30)
 
 

@@ -194,3 +194,25 @@ def test_dequantizes_are_never_stacked() -> None:
     for node in after.nodes:
         if node.target is dialect.quantize:
             assert operator(node.args[0]) != "graphopt.dequantize"
+
+
+def test_a_channel_of_tiny_weights_keeps_its_bias() -> None:
+    """After folding, a channel whose norm is almost dead has weights near zero and an ordinary bias."""
+    conv = nn.Conv2d(2, 3, 1)
+    with torch.no_grad():
+        conv.weight[1] = 1e-10
+        conv.bias.copy_(torch.tensor([0.5, 1.0, -0.5]))
+    example = (torch.randn(1, 2, 4, 4),)
+    before, after, _ = quantized(nn.Sequential(conv), example)
+    torch.testing.assert_close(after(*example)[:, 1], before(*example)[:, 1], atol=0.02, rtol=0)
+    codes = after.weights["0.bias"]
+    assert int(codes.abs().max()) <= 2**30, "no code is clamped"
+    assert int(after.weights["0.weight"][0].abs().max()) == 127, "the other channels keep their resolution"
+
+
+def test_no_code_means_more_than_the_bound_of_an_absorbed_clamp() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU6(), nn.Conv2d(3, 1, 1))
+    batches = [(torch.randn(1, 2, 8, 8) * 100,)]
+    _, after, _ = quantized(module, batches[0], batches, observer="minmax")
+    scale = after.weights["hardtanh_scale"]
+    assert float(scale * 255) <= 6.0 and float(scale * 255) == pytest.approx(6.0)
