@@ -15,11 +15,12 @@ from graphopt.capture import capture
 from graphopt.errors import GraphoptError, described
 from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
-from graphopt.pipeline import Context, Pass, Recipe, as_recipe, builtin, run_passes
+from graphopt.pipeline import Context, Pass, Recipe, as_recipe, backend, builtin, run_passes
 from graphopt.pipeline import target as target_by_name
 from graphopt.pipeline.manager import with_requirements
 from graphopt.progress import Progress, default_progress
-from graphopt.result import MARKER, RUN_FILES, Result
+from graphopt.result import Result
+from graphopt.rundir import MARKER, RUN_FILES
 from graphopt.target import Target
 
 
@@ -53,8 +54,9 @@ def optimize(
         budget: what must hold; the report says what does not.
         target: name of a target profile, or a Target.
         dynamic_shapes: as `torch.export.export` takes it.
-        run_dir: folder to write the run to (as `Result.save` does).
-        seed: of every random choice.
+        run_dir: folder to write the run to, at the end and as a whole (as `Result.save` does). Nothing is written
+            before that, and a run that was interrupted starts from the beginning when it is called again.
+        seed: of every random choice, the metric's among them where it draws with torch.
         trust: allow unpickling what a `.pt2` holds.
         progress: where long work is shown; None draws bars on a terminal.
 
@@ -70,6 +72,8 @@ def optimize(
         check_source(calibration)
     if run_dir is not None:
         check_replaceable(Path(run_dir), MARKER, RUN_FILES)
+        if profile.backend:
+            backend(profile.backend)  # it will be asked to write the file
     # What is made in inference mode cannot be changed outside of it, nor differentiated.
     with torch.inference_mode(False):
         with shown.stage("capture"):
@@ -79,11 +83,11 @@ def optimize(
         if batches is not None:
             batches.first(1)
         context = Context(profile, batches, evaluate, loss, seed, shown)
-        before = _metric(evaluate, program, "the original model") if evaluate else None
+        before = _metric(evaluate, program, "the original model", seed) if evaluate else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             optimized, trace = run_passes(program, chosen.passes, context)
-        after = _metric(evaluate, optimized, "the optimized model") if evaluate else None
+        after = _metric(evaluate, optimized, "the optimized model", seed) if evaluate else None
         notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
         result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
         result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
@@ -128,10 +132,12 @@ def _check_needs(recipe: Recipe, given: Mapping[str, Any]) -> None:
                 raise GraphoptError(f"{who} needs {need}; pass {need}= to optimize")
 
 
-def _metric(evaluate: Callable[[Any], float], program: Program, what: str) -> float:
+def _metric(evaluate: Callable[[Any], float], program: Program, what: str, seed: int) -> float:
     held = _identities(program)
     try:
-        with torch.no_grad():
+        # Seeded alike for both models: a metric that draws numbers compares them on the same ones.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             value = float(evaluate(program.module()))
     except GraphoptError:
         raise

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backend import ExportReport
 from graphopt.budget import Budget
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, NotExpressible
 from graphopt.files import replacing_folder, write_text
 from graphopt.ir.program import Program, ProgramModule
 from graphopt.pipeline import Context, Recipe, Trace, backend, make_pass
 from graphopt.pipeline.registry import UnknownPass, targets
+from graphopt.rundir import MARKER, RUN_FILES, read_text
 from graphopt.target import Target
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
-MARKER = "report.json"  # a folder that holds it is a run directory
-RUN_FILES = frozenset(
-    ("model.onnx", "model.onnx.data", "model.pt2", "recipe.yaml", MARKER, "report.html", "trace")
-)  # and what else a run directory holds
 _NO_FILE = "no model.onnx was written: "
 
 
@@ -69,8 +65,11 @@ class Result:
     def export(self, path: str | Path, measure: bool = True) -> ExportReport:
         """Write the program for its target, check the file, run it in the runtime and compare; see ExportReport.
 
-        `measure=False` leaves out the latency comparison with the float export.
+        `measure=False` leaves out the latency comparison with the float export. Raises NotExpressible where the target
+        has no form for the program, and GraphoptError where anything else goes wrong.
         """
+        if not self.target.backend:
+            raise NotExpressible(f"the target {self.target.name!r} has no backend here that could write a file")
         before = self.exported
         self.exported = backend(self.target.backend).export(self.program, Path(path), self._baseline(), measure)
         if self.original is None and before is not None and self.exported.baseline_size_bytes is None:
@@ -90,27 +89,39 @@ class Result:
         """Write the run directory, all or nothing: model.onnx and .pt2, recipe.yaml, report.json and .html, trace/.
 
         An older run directory is replaced as a whole, so it may hold nothing but these. Where the target has no form
-        for the program, model.onnx is missing and the report says why.
+        for the program, model.onnx is missing and the report says why. Raises GraphoptError where anything else goes
+        wrong: nothing is written then, and an older run directory stays as it was.
         """
-        with replacing_folder(Path(folder), MARKER, RUN_FILES) as temporary:
-            self.notes = [note for note in self.notes if not note.startswith(_NO_FILE)]
-            try:
-                self.export(temporary / "model.onnx")
-            except GraphoptError as error:
-                if isinstance(error.__cause__, OSError):  # nor could anything else be written
-                    raise
-                self.exported = None
-                self.notes.append(f"{_NO_FILE}{error}")
-                for name in ("model.onnx", "model.onnx.data"):
-                    (temporary / name).unlink(missing_ok=True)
-            self.program.save(temporary / "model.pt2")
-            write_text(temporary / "recipe.yaml", self.recipe.to_yaml())
-            self.trace.save(temporary / "trace")
-            if self.exported is not None:
-                self.exported.path = Path(folder) / "model.onnx"
-            report = self.report
-            write_text(temporary / MARKER, report.to_json())
-            report.save_html(temporary / "report.html")
+        exported, notes = self.exported, self.notes
+        try:
+            with replacing_folder(Path(folder), MARKER, RUN_FILES) as temporary:
+                try:
+                    self._write(temporary, Path(folder))
+                except GraphoptError as error:
+                    reason = str(error).replace(str(temporary), str(folder))
+                    raise GraphoptError(f"{reason}; the run was not saved to {folder}") from error
+        except BaseException:
+            self.exported, self.notes = exported, notes
+            raise
+
+    def _write(self, temporary: Path, final: Path) -> None:
+        """Write into `temporary`, a new folder, what will stand in `final`."""
+        self.notes = [note for note in self.notes if not note.startswith(_NO_FILE)]
+        try:
+            self.export(temporary / "model.onnx")
+        except NotExpressible as error:
+            self.exported = None
+            self.notes.append(f"{_NO_FILE}{error}")
+            for name in ("model.onnx", "model.onnx.data"):
+                (temporary / name).unlink(missing_ok=True)
+        self.program.save(temporary / "model.pt2")
+        write_text(temporary / "recipe.yaml", self.recipe.to_yaml())
+        self.trace.save(temporary / "trace")
+        if self.exported is not None:
+            self.exported.path = final / "model.onnx"
+        report = self.report
+        write_text(temporary / MARKER, report.to_json())
+        report.save_html(temporary / "report.html")
 
 
 def load(folder: str | Path, trust: bool = False) -> Result:
@@ -123,28 +134,20 @@ def load(folder: str | Path, trust: bool = False) -> Result:
     from graphopt.report import Report
 
     root = Path(folder)
-    if not (root / MARKER).is_file():
-        raise GraphoptError(f"{root} is no run directory: it holds no {MARKER}")
-    try:
-        data = json.loads((root / MARKER).read_text(encoding="utf-8"))
-        text = (root / "recipe.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GraphoptError(f"the run directory {root} is damaged ({reason}); run the optimization again") from None
-    report = Report.from_dict(data, source=str(root / MARKER))
+    report = Report.read(root)
+    text = read_text(root, "recipe.yaml")
     notes = []
     profile = targets().get(report.target)
     if profile is None:
         notes.append(f"the target {report.target!r} is not installed here: the model runs but cannot be exported")
-        profile = Target(report.target, "none")
-        data["target"] = ""
+        profile = Target(report.target, backend="")
     try:
         recipe = Recipe.from_yaml(text, str(root / "recipe.yaml"))
     except UnknownPass as error:
         notes.append(f"the recipe cannot be run again here: {error}")
         recipe = Recipe(report.recipe, ())
-    result = Result(Program.load(root / "model.pt2", trust=trust), None, Trace.load(root / "trace"), recipe, profile)
-    Report.restore(data, result)
+    result = Result(Program.load(root / "model.pt2", trust=trust), None, report.trace, recipe, profile)
+    report.restore(result)
     result.notes += [note for note in notes if note not in result.notes]
     if result.exported is not None:
         result.exported.path = root / "model.onnx"  # wherever the folder stands now

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import Budget, GraphoptError, Result, passes
 from graphopt.api import choose_recipe
+from graphopt.errors import NotExpressible
 from graphopt.ir import dialect
 from graphopt.pipeline import builtin
-from graphopt.result import RUN_FILES
+from graphopt.rundir import RUN_FILES
 from graphopt.target import Target
 
 
@@ -209,6 +210,7 @@ class NeverRuns(nn.Module):
             "the pass quantize_static needs calibration; pass calibration= to optimize",
         ),
         ({"run_dir": __file__}, "is a file; name a folder"),
+        ({"run_dir": "new", "target": Target("mine", "onyx")}, "there is no backend called 'onyx', did you mean"),
         ({"run_dir": Path(__file__).parent}, "is not empty and holds no report.json"),
     ],
     ids=str,
@@ -279,6 +281,19 @@ def test_a_metric_that_fails(evaluate: Any, sentence: str) -> None:
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_metric_that_draws_numbers_draws_the_same_for_both_models() -> None:
+    def run(seed: int) -> Result:
+        metric = lambda model: float(torch.rand(()))  # noqa: E731
+        return graphopt.optimize(made.net(), recipe=[made.Coarse()], evaluate=metric, seed=seed)
+
+    torch.manual_seed(5)
+    first = run(1)
+    state = torch.random.get_rng_state()
+    again, other = run(1), run(2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.original_metric == first.metric == again.metric != other.metric
+
+
 def test_a_metric_that_fails_later_says_on_what() -> None:
     values: Iterator[float] = iter([1.0, float("nan")])
     with pytest.raises(GraphoptError, match="evaluate returned NaN on the optimized model"):
@@ -321,7 +336,7 @@ def test_the_budget_is_judged_in_the_report() -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose model no backend can lower, so that nothing depends on one."""
+    """A run for a target without a backend, so that nothing depends on one."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     values = iter([90.0, 89.0])
     graphopt.optimize(
@@ -331,7 +346,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calibration=batches(),
         evaluate=lambda model: next(values),
         budget=Budget(size_ratio=0.5),
-        target=Target("made-up", "none", operators=graphopt.pipeline.target("onnxruntime-cpu").operators),
+        target=Target("made-up", backend="", operators=graphopt.pipeline.target("onnxruntime-cpu").operators),
         run_dir=folder,
     )
     return folder
@@ -341,9 +356,53 @@ def test_a_run_directory_is_complete(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES - {"model.onnx", "model.onnx.data"}
     assert (run_dir / "trace" / "002_fold_batch_norm.txt").exists()
     data = json.loads((run_dir / "report.json").read_text())
-    assert any(
-        note.startswith("no model.onnx was written: there is no backend called 'none'") for note in data["notes"]
-    )
+    (note,) = [note for note in data["notes"] if note.startswith("no model.onnx was written: ")]
+    assert note.endswith("the target 'made-up' has no backend here that could write a file")
+
+
+class Lowering:
+    """A backend that fails with a given error after it has written half of a file."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def export(self, program: Any, path: Path, baseline: Any, measure: bool) -> Any:
+        path.write_bytes(b"half")
+        path.with_name("model.onnx.data").write_bytes(b"half")
+        raise self.error
+
+
+def exact_run(folder: Path | None, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Result:
+    """Optimize for a target whose backend fails with `error`."""
+    for module in ("api", "result"):
+        monkeypatch.setattr(f"graphopt.{module}.backend", lambda name: Lowering(error))
+    return graphopt.optimize(made.net(), recipe=[made.Coarse()], run_dir=folder)
+
+
+def test_what_a_target_cannot_express_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exact_run(tmp_path / "run", monkeypatch, NotExpressible("ONNX has no form for the operator rfft2"))
+    assert found.notes[-1] == "no model.onnx was written: ONNX has no form for the operator rfft2"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES - {"model.onnx", "model.onnx.data"}
+
+
+@pytest.mark.parametrize("error", [GraphoptError("the checker refuses the file"), RuntimeError("a defect")], ids=str)
+def test_any_other_failure_of_an_export_is_raised_and_leaves_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(type(error)) as caught:
+        exact_run(tmp_path / "run", monkeypatch, error)
+    if isinstance(error, GraphoptError):
+        assert str(caught.value) == f"the checker refuses the file; the run was not saved to {tmp_path / 'run'}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_result_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exact_run(None, monkeypatch, GraphoptError("the checker refuses the file"))
+    found.notes.append("no model.onnx was written: an earlier reason")
+    notes = list(found.notes)
+    with pytest.raises(GraphoptError):
+        found.save(tmp_path / "run")
+    assert found.notes == notes and found.exported is None
 
 
 def test_a_run_reads_back(run_dir: Path) -> None:
@@ -355,7 +414,7 @@ def test_a_run_reads_back(run_dir: Path) -> None:
     assert (found.original_metric, found.metric, found.budget) == (90.0, 89.0, Budget(size_ratio=0.5))
     assert found.target.name == "made-up" and any("'made-up' is not installed here" in note for note in found.notes)
     assert found.trace[-1].text == str(found.program)
-    with pytest.raises(GraphoptError, match="there is no backend called 'none'"):
+    with pytest.raises(GraphoptError, match="the target 'made-up' has no backend here"):
         found.export(run_dir.parent / "x.onnx")
 
 

@@ -441,6 +441,18 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path, refuse: Calla
     assert "is not empty and holds no report.json" in refuse("cli_models:static", output=tmp_path / "thesis")
 
 
+@pytest.mark.parametrize("command", [("optimize", "no_module_of_this_name:model"), ("demo",)])
+def test_a_run_directory_with_a_foreign_file_is_refused_before_any_work(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("graphopt.demo.model", lambda steps: pytest.fail("trained"))
+    for name in ("report.json", "chapter.tex"):
+        (tmp_path / name).write_text("mine")
+    assert main([*command, "-o", str(tmp_path)]) == 2
+    assert "holds chapter.tex, not written by graphopt" in one_sentence(capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chapter.tex", "report.json"]
+
+
 def test_a_folder_without_permission(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str]
 ) -> None:
@@ -566,7 +578,7 @@ def test_interrupt_while_the_run_is_written(
         (("optimise",), "no such command 'optimise', did you mean 'optimize'?"),
         (("optimize", "cli_models:static"), "missing option '-o'"),
         (("optimize", "cli_models:static", "-o", "run", "--recipee", "int8"), "no such option: --recipee"),
-        (("optimize", "cli_models:static", "-o", "run", "--seed", "x"), "--seed"),
+        (("optimize", "cli_models:static", "-o", "run", "--set", "seed=x"), "--set seed takes a whole number"),
         ((), "missing command"),
     ],
 )

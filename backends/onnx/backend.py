@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backend import ExportReport, Timing
-from graphopt.backends.onnx.compare import max_steps, output_scales, run_onnx, sqnr_db
+from graphopt.backends.onnx.compare import load_session, max_steps, output_scales, run_onnx, session_options, sqnr_db
 from graphopt.backends.onnx.fusion import check_fusion
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
@@ -26,7 +26,7 @@ from graphopt.backends.onnx.naming import input_names
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
 from graphopt.backends.onnx.timing import measure
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 from graphopt.files import replacing_folder_content
 from graphopt.ir import Program, is_tensor
 from graphopt.target import Target
@@ -62,14 +62,14 @@ class OnnxBackend:
                 yield folder / path.name, model.opset_imports[""]
             except GraphoptError as error:
                 # The user knows the file by the name that it was to have.
-                raise GraphoptError(str(error).replace(str(folder / path.name), str(path))) from error
+                raise type(error)(str(error).replace(str(folder / path.name), str(path))) from error
 
     @staticmethod
     def _check(path: Path) -> None:
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
-            raise GraphoptError(f"the exported model is not valid ONNX: {str(error).splitlines()[0]}") from error
+            raise GraphoptError(f"the exported model is not valid ONNX: {first_line(error)}") from error
 
     def run(self, path: Path, flat_inputs: Sequence[Any]) -> list[Any]:
         """Run the file on flat inputs, given in the order of its inputs, and return its outputs in order."""
@@ -100,11 +100,13 @@ class OnnxBackend:
         report.sqnr_db = _worst_sqnr(_torch_outputs(baseline), list(run_onnx(report.path, feeds).values()))
         try:
             self.lower(baseline, reference)
-            report.baseline_size_bytes = _file_bytes(reference)
-            if measure:
-                self._measure(report, reference, feeds)
+            load_session(reference, session_options(1))
         except GraphoptError as error:
             report.notes.append(f"there is no float file to compare with: {error}")
+            return
+        report.baseline_size_bytes = _file_bytes(reference)
+        if measure:
+            self._measure(report, reference, feeds)
 
     @staticmethod
     def _measure(report: ExportReport, reference: Path, feeds: dict[str, Any]) -> None:
@@ -122,6 +124,7 @@ class OnnxBackend:
 
 def _proven(program: Program, file: Path, opset: int) -> ExportReport:
     """Return what the runtime makes of the file, and how far it is from the torch emulation."""
+    load_session(file, session_options(1))
     fusion = check_fusion(file)
     report = ExportReport(file, _file_bytes(file), opset, dict(fusion.fused), list(fusion.unfused))
     if others := len(program.outputs) - sum(is_tensor(value) for value in program.outputs):
@@ -179,9 +182,13 @@ def _steps(path: Path, reference: list[Any], outputs: list[Any]) -> float:
             continue
         finite = old[np.isfinite(old)]
         spread = float(finite.max() - finite.min()) if finite.size else 0.0
-        scale = scales.get(name) or spread / _UNSCALED_STEPS
+        # A constant output has no range: its steps are those of a range from zero to it.
+        largest = float(np.abs(finite).max()) if finite.size else 0.0
+        scale = scales.get(name) or (spread or largest) / _UNSCALED_STEPS
         if scale > 0:
             worst = max(worst, max_steps(old, new, scale))
+        elif not np.array_equal(old, new, equal_nan=True):
+            worst = math.inf
     return worst
 
 

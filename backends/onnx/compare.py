@@ -21,7 +21,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from graphopt.backends.onnx.qdq_graph import DEQUANTIZE, MOVES_DATA, QdqGraph
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, NotExpressible, first_line
 
 Array = npt.NDArray[Any]
 _BFLOAT16 = "tensor(bfloat16)"
@@ -123,7 +123,7 @@ def run_onnx(
         values = session.run(names, selected)
     except Exception as error:  # onnxruntime's exception classes are not public
         raise GraphoptError(
-            f"ONNX Runtime cannot run '{path}': {_first_line(error)}; check the inputs"
+            f"ONNX Runtime cannot run '{path}': {first_line(error)}; check the inputs"
         ) from None
     return dict(zip((name.removesuffix(_SUFFIX) for name in names), values, strict=True))
 
@@ -147,9 +147,12 @@ def load_session(
     except Exception as error:  # onnxruntime's exception classes are not public
         if not Path(path).exists():
             raise GraphoptError(f"there is no file '{path}'; give the path of an ONNX model") from None
-        raise GraphoptError(
-            f"ONNX Runtime does not load '{path}': {_first_line(error)}; export it again"
-        ) from None
+        if "NOT_IMPLEMENTED" in str(error):
+            raise NotExpressible(
+                f"ONNX Runtime's CPU provider has no kernel for an operator of '{path}' in its type: {first_line(error)}; "
+                "convert the model with .float(), or replace the operator"
+            ) from None
+        raise GraphoptError(f"ONNX Runtime does not load '{path}': {first_line(error)}; export it again") from None
 
 
 def select_feeds(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -165,11 +168,6 @@ def select_feeds(session: onnxruntime.InferenceSession, feeds: Mapping[str, Arra
         array = np.asarray(feeds[name])
         selected[value.name] = array.astype(np.float32) if value.name.endswith(_SUFFIX) else array
     return selected
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 _SUFFIX = "::float32"

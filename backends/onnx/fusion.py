@@ -32,7 +32,7 @@ from graphopt.backends.onnx.qdq_graph import (
     subgraphs,
     words,
 )
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 
 # Operators whose kernel computes on integers (or unpacks them itself), whatever the types of their outputs.
 INTEGER_KERNELS = words(
@@ -105,7 +105,7 @@ def _read(path: Path) -> ModelProto:
         raise GraphoptError(f"there is no file '{path}'; give the path of an ONNX model") from None
     except Exception as error:  # protobuf raises its own DecodeError, which is no subclass of anything public
         raise GraphoptError(
-            f"'{path}' is not an ONNX model ({str(error).splitlines()[0]}); export it again"
+            f"'{path}' is not an ONNX model ({first_line(error)}); export it again"
         ) from None
 
 
@@ -172,7 +172,7 @@ def _optimize(model: ModelProto, path: Path) -> ModelProto:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exception classes are not public
-            message = str(error).strip().splitlines()[0]
+            message = first_line(error)
             raise GraphoptError(
                 f"ONNX Runtime does not load '{path}': {message}; export the model again"
             ) from None

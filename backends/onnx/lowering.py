@@ -28,7 +28,7 @@ from graphopt.backends.onnx.cleanup.editor import constant
 from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_after, name_merged
 from graphopt.backends.onnx.translation import refuse, single_out_global_pools, translation_table
 from graphopt.backends.onnx.trim import share_zero_points, trim
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, NotExpressible, first_line
 from graphopt.ir import Program, is_tensor, operator, source_line, to_exported
 
 PLAIN_OPSET = 20  # Gelu is an operator from 20 on; Q/DQ of 8 bits need 13
@@ -81,7 +81,7 @@ def _export(program: Program, opset: int) -> ir.Model:
                 custom_translation_table=translation_table(opset),
             )
     except Exception as error:  # the exporter wraps whatever goes wrong inside it
-        raise GraphoptError(_why(program, error)) from error
+        raise NotExpressible(_why(program, error)) from error
     assert made is not None
     return made.model
 
@@ -110,8 +110,7 @@ def _why(program: Program, error: Exception) -> str:
     if node is not None and any("No ONNX function found" in str(each) for each in chain):
         place = f" at {line}" if line else ""
         return f"ONNX has no form for the operator {node.target}{place}; replace it by operators that ONNX has"
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    first = lines[0] if lines else type(chain[-1]).__name__
+    first = first_line(chain[-1])
     place = f" at {node.name}{f' ({line})' if line else ''}" if node is not None else ""
     return f"torch.onnx could not export the program{place}: {first}"
 

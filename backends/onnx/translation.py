@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphopt.backends.onnx.packing import PACKED_OPSET
-from graphopt.errors import GraphoptError
+from graphopt.errors import NotExpressible
 from graphopt.ir import Program, arguments, dialect, operator, source_line
 
 _LIBRARY = torch.library.Library("graphopt_onnx", "DEF")  # type: ignore[no-untyped-call]
@@ -47,7 +47,7 @@ def single_out_global_pools(exported: ExportedProgram) -> None:
 
 
 def refuse(program: Program) -> None:
-    """Raise GraphoptError for the first use of the dialect that ONNX has no form for."""
+    """Raise NotExpressible for the first use of the dialect that ONNX has no form for."""
     for node in program.graph.nodes:
         name = operator(node)
         if not name.startswith("graphopt."):
@@ -57,11 +57,11 @@ def refuse(program: Program) -> None:
         place = f"{node.name}{f' ({where})' if where else ''}"
         if name in ("graphopt.quantize", "graphopt.fake_quantize") and named["group_size"] != 0:
             kind = "token" if named["group_size"] < 0 else "group"
-            raise GraphoptError(
+            raise NotExpressible(
                 f"ONNX cannot quantize activations by {kind}, as {place} does; do it per tensor or keep them float"
             )
         if name == "graphopt.dynamic_scale" and (named["group_size"] != 0 or named["format"] != "uint8"):
-            raise GraphoptError(
+            raise NotExpressible(
                 f"ONNX computes scales at run time per tensor in uint8 only, unlike {place}; use that, or keep it float"
             )
 

@@ -8,22 +8,25 @@ and autocast, the latter with their casts made explicit. It forgets which line s
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import ExportGraphSignature, OutputKind
 
 from graphopt.capture.failures import export_failure
 from graphopt.capture.randomness import draws
 from graphopt.errors import GraphoptError
 from graphopt.ir.exported import source_line
+from graphopt.ir.program import storable_name
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "torch_fn")
 _ASSIGNED = re.compile(r"^\s*(\w+)(?::[^=]*)? = ", re.MULTILINE)
@@ -49,15 +52,41 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         for node in module.graph.nodes
         if node.op == "call_function"
     }
+    names = [*exported.state_dict, *exported.constants]
+    # torch hangs the weights on a GraphModule, which has no room for one called `graph` or `meta.weight`.
+    stored = {name: new for name in names if (new := storable_name(name, names)) != name}
+    if stored:
+        exported = _renamed(exported, stored)
     try:
         with _quiet(), torch.no_grad():
             decomposed: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise export_failure("the exported program", error) from error
+    if stored:
+        decomposed = _renamed(decomposed, {new: name for name, new in stored.items()})
     for node in decomposed.graph.nodes:
         _restore_provenance(node, origins)
     _refuse_state(decomposed)
     return decomposed
+
+
+def _renamed(exported: ExportedProgram, names: dict[str, str]) -> ExportedProgram:
+    """Return the program with its weights under other names."""
+
+    def rename(specs: Sequence[Any]) -> list[Any]:
+        return [dataclasses.replace(spec, target=names.get(str(spec.target), spec.target)) for spec in specs]
+
+    signature = exported.graph_signature
+    return ExportedProgram(
+        root=exported.graph_module,
+        graph=copy.deepcopy(exported.graph),
+        graph_signature=ExportGraphSignature(rename(signature.input_specs), rename(signature.output_specs)),
+        state_dict={names.get(name, name): value for name, value in exported.state_dict.items()},
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants={names.get(name, name): value for name, value in exported.constants.items()},
+    )
 
 
 def _restore_provenance(node: fx.Node, origins: dict[str, dict[str, Any]]) -> None:

@@ -34,6 +34,7 @@ def inference(model: nn.Module) -> Iterator[bool]:
     was_training = any(flags.values())
     with _unchanged(model), torch.inference_mode(False), torch.no_grad():
         try:
+            _replace_inference_tensors(model)
             if was_training:
                 _evaluate(model)
             yield was_training
@@ -42,6 +43,22 @@ def inference(model: nn.Module) -> Iterator[bool]:
                 _train(model)  # a class with its own train() may have to undo what its eval() did
             for module, flag in flags.items():
                 module.training = flag
+
+
+def _replace_inference_tensors(model: nn.Module) -> None:
+    """Put ordinary copies in the place of weights made in inference mode, which torch.export does not take."""
+    copies: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
+            for name, weight in list(registry.items()):
+                if weight is None or not weight.is_inference():
+                    continue
+                if weight not in copies:
+                    copy = weight.detach().clone()
+                    is_parameter = isinstance(weight, nn.Parameter)
+                    copies[weight] = nn.Parameter(copy, weight.requires_grad) if is_parameter else copy
+                registry[name] = copies[weight]
 
 
 def _evaluate(model: nn.Module) -> None:
@@ -63,7 +80,9 @@ def _train(model: nn.Module) -> None:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(module.__dict__) for module in model.modules()}
     registries = {module: {key: dict(getattr(module, key)) for key in _REGISTRIES} for module in attributes}
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    # Those made in inference mode keep no count of writes, nor can they be written where they are replaced by copies.
+    held = [buffer for buffer in model.buffers() if not buffer.is_meta and not buffer.is_inference()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in held]
     try:
         yield
     finally:

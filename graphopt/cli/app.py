@@ -70,10 +70,6 @@ def optimize(
     trust: Annotated[
         bool, typer.Option("--trust", help="Allow unpickling a .pt2; this runs code from the file.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
-    target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Target profile. Default: onnxruntime-cpu.")
-    ] = None,
 ) -> None:
     """Optimize a model and write a run directory.
 
@@ -91,8 +87,6 @@ def optimize(
         tuple(keep_float or ()),
         tuple(set_ or ()),
         trust,
-        seed,
-        target,
     )
     console.show(run(request).report)
     console.paths(output)

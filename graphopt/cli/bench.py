@@ -14,7 +14,7 @@ from graphopt.cli.console import WIDTH
 from graphopt.errors import GraphoptError
 from graphopt.pipeline import backend as backend_by_name
 from graphopt.report.text import plain
-from graphopt.result import MARKER
+from graphopt.rundir import check_run_directory
 
 _MOST = 10  # operator types and nodes shown
 
@@ -44,8 +44,7 @@ def model_file(path: Path) -> Path:
         raise GraphoptError(f"there is no file {path}")
     if not path.is_dir():
         return path
-    if not (path / MARKER).is_file():
-        raise GraphoptError(f"{path} is no run directory: it holds no {MARKER}")
+    check_run_directory(path)
     if not (path / "model.onnx").is_file():
         raise GraphoptError(f"{path} holds no model.onnx; its report says why (graphopt inspect {path})")
     return path / "model.onnx"

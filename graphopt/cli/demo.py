@@ -20,14 +20,15 @@ from graphopt.pipeline import backend
 from graphopt.progress import Progress, Stage, default_progress
 from graphopt.report import Change
 from graphopt.report.text import bullet, export_parts, passes, section, size_text
-from graphopt.result import MARKER, Result
+from graphopt.result import Result
+from graphopt.rundir import MARKER, RUN_FILES
 
 LARGEST_GAP = 0.3  # points between the file in its runtime and its emulation in torch
 
 
 def run(output: Path) -> None:
     """Train or load the model, optimize it to int8, write the run directory and print what came of it."""
-    check_replaceable(output, MARKER)
+    check_replaceable(output, MARKER, RUN_FILES)
     progress = default_progress()
     with _training(progress) as steps:
         model, inputs = demo.model(steps)

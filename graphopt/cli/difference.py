@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.cli.console import WIDTH
-from graphopt.errors import GraphoptError
 from graphopt.report import PassRow, Report
 from graphopt.report.text import bullet, pass_cells, plain, section, size_text
+from graphopt.rundir import read_text
 
 _QUANTITIES: tuple[tuple[str, Callable[[Report], float | None], Callable[[float], str]], ...] = (
     ("metric before", lambda r: r.metric.before, lambda v: f"{v:.6g}"),
@@ -61,16 +61,9 @@ def difference_text(run_a: Path, run_b: Path) -> str:
 
 def recipe_lines(run_a: Path, run_b: Path) -> list[RenderableType]:
     """Return the unified diff of the resolved recipes."""
-    old, new = (_read(run / "recipe.yaml").splitlines() for run in (run_a, run_b))
+    old, new = (read_text(run, "recipe.yaml").splitlines() for run in (run_a, run_b))
     lines = list(difflib.unified_diff(old, new, n=1, lineterm=""))[2:]
     return [Text("  " + line) for line in lines] or [bullet("the same")]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraphoptError(f"{path.parent} is damaged: {path.name} cannot be read ({error})") from None
 
 
 def figures(a: Report, b: Report) -> Table:

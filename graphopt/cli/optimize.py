@@ -5,8 +5,6 @@ What is cheap to check is checked first: a misspelt option should not cost the t
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +15,10 @@ from graphopt.cli.named import load_function, load_model
 from graphopt.cli.samples import SampleFile
 from graphopt.cli.settings import Settings
 from graphopt.files import check_replaceable
-from graphopt.ir import Program
-from graphopt.pipeline import site_names
 from graphopt.pipeline import target as target_by_name
 from graphopt.progress import default_progress
-from graphopt.result import MARKER, Result
+from graphopt.result import Result
+from graphopt.rundir import MARKER, RUN_FILES
 
 DEFAULT_TARGET = "onnxruntime-cpu"
 
@@ -38,17 +35,15 @@ class Request:
     keep_float: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     trust: bool = False
-    seed: int = 0
-    target: str | None = None
 
 
 def run(request: Request) -> Result:
     """Optimize and write the run directory; GraphoptError says what is wrong with the request."""
-    check_replaceable(request.output, MARKER)
+    check_replaceable(request.output, MARKER, RUN_FILES)
     settings = Settings.parse(request.settings)
     recipe, notes = choose_recipe(request.recipe, request.calibration is not None)
     recipe = settings.applied(recipe.keeping_float(request.keep_float))
-    target = target_by_name(settings.target or request.target or DEFAULT_TARGET)
+    target = target_by_name(settings.target or DEFAULT_TARGET)
     samples = SampleFile.open(request.calibration) if request.calibration is not None else None
     evaluate = load_function(request.evaluate, "--evaluate") if request.evaluate is not None else None
     named = load_model(request.model)
@@ -57,7 +52,6 @@ def run(request: Request) -> Result:
         program = capture(named.model, named.example_inputs, dynamic_shapes=named.dynamic_shapes, trust=request.trust)
     calibration = samples.batches(program) if samples is not None else None
     program.notes += [*notes, *(calibration.notes if calibration is not None else ())]
-    program.notes += unmatched(program, request.keep_float)
     return optimize_model(
         program,
         recipe=recipe,
@@ -66,16 +60,6 @@ def run(request: Request) -> Result:
         budget=settings.budget,
         target=target,
         run_dir=request.output,
-        seed=settings.seed if settings.seed is not None else request.seed,
+        seed=settings.seed,
         progress=progress,
     )
-
-
-def unmatched(program: Program, globs: Sequence[str]) -> list[str]:
-    """Return a sentence for every glob that means nothing in the captured program; it may be misspelt."""
-    names = {name for node in program.nodes if node.op == "call_function" for name in site_names(program, node)}
-    return [
-        f"--keep-float {glob!r} matches no node, weight or module of the captured model"
-        for glob in globs
-        if not any(fnmatch.fnmatchcase(name, glob) for name in names)
-    ]

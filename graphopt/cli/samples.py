@@ -201,7 +201,8 @@ class SampleBatches:
                 for reader in readers.values():
                     reader.finish()
         except (*_READ_ERRORS, KeyError) as error:
-            raise GraphoptError(f"{path} cannot be read ({first_line(error)}); write it again with numpy.savez") from None
+            reason = first_line(error)
+            raise GraphoptError(f"{path} cannot be read ({reason}); write it again with numpy.savez") from None
 
     def _form(self, values: dict[str, Tensor]) -> Any:
         """Put named values into the structure the model was captured with."""

@@ -13,10 +13,10 @@ from graphopt.pipeline import Recipe, pass_class, pass_classes, read_yaml
 
 @dataclass
 class Settings:
-    """What the assignments say; None where they say nothing."""
+    """What the assignments say, and the defaults where they say nothing; None is the default target."""
 
     target: str | None = None
-    seed: int | None = None
+    seed: int = 0
     budget: Budget = field(default_factory=Budget)
     options: list[tuple[str, str, Any]] = field(default_factory=list)
 

@@ -266,7 +266,8 @@ def _load(path: Path, data: bytes) -> tuple[ExportedProgram, dict[str, Any]]:
         except Exception as error:  # a file that is not what it says may make the loader raise anything
             # After a first failure torch tries the format before .pt2, whose failure says nothing.
             cause = logged[0] if logged and isinstance(logged[0], Exception) else error
-            raise GraphoptError(f"cannot load {path}, which is damaged or of another version: {described(cause)}") from cause
+            what = described(cause)
+            raise GraphoptError(f"cannot load {path}, which is damaged or of another version: {what}") from cause
 
 
 def _check_operators(path: Path, exported: ExportedProgram) -> None:

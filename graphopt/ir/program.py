@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -206,7 +205,7 @@ class Program:
             dict(self.dimension_names),
         )
 
-    def save(self, path: str | Path, trust: bool = False) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a `.pt2` archive atomically; names, ties and provenance survive `Program.load`."""
         from graphopt.ir.archive import save_program
 
@@ -368,8 +367,3 @@ def static_shape(node: fx.Node) -> tuple[int, ...] | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return None
     return tuple(int(size) for size in value.shape)
-
-
-def is_symbolic(size: object) -> bool:
-    """True for a symbolic dimension."""
-    return isinstance(size, torch.SymInt)

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program, is_floating
 from graphopt.ir.rewriter import Rewriter
 
@@ -168,86 +167,3 @@ def finite(*names: str) -> Condition:
         return ""
 
     return check
-
-
-# Patterns -------------------------------------------------------------------------------------------------------------
-
-Pattern = Callable[[object, dict[str, Any]], Iterator[dict[str, Any]]]
-
-
-def anything(name: str) -> Pattern:
-    """Match any value and bind it; a name bound before matches only the same value."""
-
-    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if name not in bound:
-            yield bound | {name: value}
-        elif bound[name] is value or (not isinstance(value, fx.Node) and bound[name] == value):
-            yield bound
-
-    return match
-
-
-def number(expected: float | None = None, name: str = "", tolerance: float = 1e-6) -> Pattern:
-    """Match a Python number (within a relative tolerance of `expected`) and bind it to `name`, if that is given."""
-
-    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return
-        if expected is None or abs(value - expected) <= tolerance * max(abs(expected), 1e-30):
-            yield from bind_to(value, bound)
-
-    bind_to = anything(name) if name else lambda value, bound: iter([bound])
-
-    return match
-
-
-def op(names: str, *inputs: Pattern, commutes: bool = False, bind: str = "", **attributes: Any) -> Pattern:
-    """Match a call of one of the operators in `names` (separated by `|`) whose leading arguments match `inputs`.
-
-    `commutes` tries the first two inputs both ways; `attributes` are schema arguments that must equal a value or
-    satisfy a predicate; `bind` names the node.
-    """
-    wanted = set(names.split("|"))
-
-    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if not isinstance(value, fx.Node) or operator(value) not in wanted:
-            return
-        named = arguments(value)
-        for key, expected in attributes.items():
-            held = expected(named.get(key)) if callable(expected) else named.get(key) == expected
-            if not held:
-                return
-        given = list(named.values())[: len(inputs)]
-        if len(given) < len(inputs):
-            return
-        orders = [given, [given[1], given[0], *given[2:]]] if commutes and len(given) > 1 else [given]
-        if bind and bound.get(bind, value) is not value:
-            return
-        for order in orders:
-            states = [bound | {bind: value} if bind else bound]
-            for pattern, argument in zip(inputs, order, strict=True):
-                states = [after for state in states for after in pattern(argument, state)]
-            yield from states
-
-    return match
-
-
-def either(*patterns: Pattern) -> Pattern:
-    """Match whichever of the patterns fits."""
-
-    def match(value: object, bound: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for pattern in patterns:
-            yield from pattern(value, bound)
-
-    return match
-
-
-def matching(pattern: Pattern) -> Callable[[fx.Node], Match | None]:
-    """Return a rule's `match` function for a pattern."""
-
-    def match(node: fx.Node) -> Match | None:
-        for bound in pattern(node, {}):
-            return Match(node, bound)
-        return None
-
-    return match

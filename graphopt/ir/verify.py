@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import first_line
 from graphopt.ir.abstract import UNKNOWABLE, abstract_value, fake_mode, same_type
 from graphopt.ir.exported import source_line
 from graphopt.ir.printing import node_text, type_text

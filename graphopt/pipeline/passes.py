@@ -21,6 +21,9 @@ from graphopt.ir.rules import Rule, apply_rules
 if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
 
+NEEDS = ("calibration", "evaluate", "loss")  # arguments of `optimize` that a pass may ask for
+_OF_NEEDS = f"{', '.join(NEEDS[:-1])} or {NEEDS[-1]}"
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -32,7 +35,7 @@ class Pass:
         tolerance: largest relative output change that an exact pass may show in float64.
         rules: the rewrites; a pass with rules need not define `run`.
         requires: names of passes that must have run before; the manager inserts what is missing.
-        needs: what must be given: any of `calibration`, `evaluate`, `loss`.
+        needs: what must be given: any of NEEDS.
     """
 
     name: ClassVar[str] = ""
@@ -44,6 +47,9 @@ class Pass:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for need in vars(cls).get("needs", ()):
+            if need not in NEEDS:
+                raise GraphoptError(f"{cls.__name__} needs {need!r}{nearest(need, NEEDS)}; a pass may need {_OF_NEEDS}")
         if "name" not in vars(cls):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
@@ -90,12 +96,16 @@ class Pass:
 class LossyPass(Pass):
     """A pass that changes the function; `only` and `skip` bound where.
 
+    Class attributes:
+        quantizes: whether it takes places out of floating point; `Recipe.keeping_float` adds to `skip` of these.
+
     Attributes:
         only: globs over node, weight and module names; with any given, other places are left alone.
         skip: globs of places to leave alone.
     """
 
     exact: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = False
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ class Recipe:
         """Return the recipe with `globs` added to `skip` of every quantizing pass."""
 
         def keep(each: Pass) -> Pass:
-            if isinstance(each, LossyPass) and each.name.startswith("quantize"):
+            if isinstance(each, LossyPass) and each.quantizes:
                 return dataclasses.replace(each, skip=(*each.skip, *globs))
             return each
 

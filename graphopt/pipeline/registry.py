@@ -35,7 +35,8 @@ def _classes(entry: EntryPoint) -> list[Any]:
     except GraphoptError:
         raise
     except Exception as error:  # whatever a third party's module raises when it is imported
-        raise GraphoptError(f"{what} cannot be imported ({described(error)}); repair or uninstall its package") from error
+        reason = described(error)
+        raise GraphoptError(f"{what} cannot be imported ({reason}); repair or uninstall its package") from error
 
 
 def _entries(group: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import first_line
 from graphopt.ir.precision import Retyped
 from graphopt.ir.program import Program
 

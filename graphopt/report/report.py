@@ -21,14 +21,13 @@ from rich.console import RenderableType
 
 from graphopt.backend import ExportReport
 from graphopt.budget import Budget
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.rewriter import Site
-from graphopt.pipeline import PassRecord, Trace, target
+from graphopt.pipeline import PassRecord, Trace
+from graphopt.rundir import MARKER, damaged, read_text
 
 if TYPE_CHECKING:
     from graphopt.result import Result
-
-_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Report:
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
-    def from_dict(data: Any, trace: Trace | None = None, source: str = _FILE) -> Report:
+    def from_dict(data: Any, trace: Trace | None = None, source: str = MARKER) -> Report:
         """Read what `to_json` wrote; keys that are missing keep their defaults, unknown ones are left out.
 
         Raises GraphoptError where a value is not what it should be.
@@ -239,28 +238,22 @@ class Report:
     def read(folder: str | Path) -> Report:
         """Read the report of a run directory with its trace; its program is not loaded."""
         root = Path(folder)
-        path = root / _FILE
-        if not path.is_file():
-            raise GraphoptError(f"{root} is no run directory: it holds no {_FILE}")
+        text = read_text(root, MARKER)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise GraphoptError(f"{path} is damaged: {error}; run the optimization again") from None
-        return Report.from_dict(data, Trace.load(root / "trace"), str(path))
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise damaged(root / MARKER, first_line(error)) from None
+        return Report.from_dict(data, Trace.load(root / "trace"), str(root / MARKER))
 
-    @staticmethod
-    def restore(data: Any, result: Result) -> None:
+    def restore(self, result: Result) -> None:
         """Fill in what a saved report knows and the other files of a run directory do not."""
-        report = Report.from_dict(data)
-        result.notes = list(report.notes)
-        result.original_metric, result.metric = report.metric.before, report.metric.after
-        result.exported = report.exported
+        result.notes = list(self.notes)
+        result.original_metric, result.metric = self.metric.before, self.metric.after
+        result.exported = self.exported
         budget = Budget()
-        for name, bound in report.budget.items():
+        for name, bound in self.budget.items():
             budget = budget.with_bound(name, bound)
         result.budget = budget
-        if report.target:
-            result.target = target(report.target)
 
     def summary(self, width: int = 110) -> str:
         """Return the summary as plain text."""

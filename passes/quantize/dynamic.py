@@ -28,6 +28,7 @@ from graphopt.quantization.weights import dequantized, quantize_weight
 class QuantizeDynamic(LossyPass):
     """Quantize linears with scales computed at run time; needs no data."""
 
+    quantizes: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
     def run(self, program: Program, context: Context) -> Changes:

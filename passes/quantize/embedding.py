@@ -11,6 +11,7 @@ Lossy. Runs before the linears are quantized, so that a tied table still carries
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -23,6 +24,8 @@ from graphopt.quantization.weights import quantize_weight
 @dataclass(frozen=True)
 class QuantizeEmbedding(LossyPass):
     """Quantize embedding tables to int8 with one scale a row."""
+
+    quantizes: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)

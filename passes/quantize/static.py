@@ -37,6 +37,7 @@ class QuantizeStatic(LossyPass):
         percentile: share of values inside the range, for the percentile observer.
     """
 
+    quantizes: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 

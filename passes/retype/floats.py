@@ -2,8 +2,8 @@
 
     f_bf16(x)   ->   to_bf16(f_f32(to_f32(x)))
 
-Inputs and outputs keep their types; weights, constants and everything between are widened. Exact: widening a weight loses
-nothing, and over the reals a cast is the identity. Runs before quantization, whose scales are in the wider type.
+Inputs and outputs keep their types; weights, constants and everything between are widened. Exact: widening a weight
+loses nothing, and over the reals a cast is the identity. Runs before quantization, whose scales are in the wider type.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class RetypeFloats(Pass):
             return rewriter.finish()
         calls = [node for node in program.graph.nodes if node.op == "call_function"]
         outputs = [(node, node.meta["val"].dtype) for node in dict.fromkeys(program.outputs) if node in narrow]
+        widened: dict[fx.Node, fx.Node] = {}
         for node in narrow:
-            if node.op == "get_attr":
-                wide = rewriter.weight(program.weight(node), str(node.target), torch.float32, node)
-                rewriter.replace(node, wide)
+            if node.op == "get_attr" and not _is_border(node):
+                widened[node] = rewriter.weight(program.weight(node), str(node.target), torch.float32, node)
+                rewriter.replace(node, widened[node])
         for node in calls:
             casts = {name: torch.float32 for name, value in arguments(node).items() if value in _NARROW}
             if casts:
@@ -51,15 +52,16 @@ class RetypeFloats(Pass):
                     rewriter.redirect(reader, node, wide)
         end = program.graph.output_node()
         for node, dtype in outputs:
-            if node.op == "call_function":
-                back = rewriter.insert(torch.ops.aten._to_copy.default, node, before=end, origin=[node], dtype=dtype)
-                rewriter.redirect(end, node, back)
+            if node.op == "call_function" or node in widened:
+                wide = widened.get(node, node)
+                back = rewriter.insert(torch.ops.aten._to_copy.default, wide, before=end, origin=[wide], dtype=dtype)
+                rewriter.redirect(end, wide, back)
         rewriter.touch("program", f"{len(narrow)} values widened to float32")
         return rewriter.finish()
 
 
 def _is_border(node: fx.Node) -> bool:
-    """True for an input that is only cast or returned, and for a cast that is only returned."""
+    """True for an input that is only cast or returned, and for a cast or a weight that is only returned."""
     if node.op == "placeholder":
         return all(user.op == "output" or operator(user) == "_to_copy" for user in node.users)
-    return operator(node) == "_to_copy" and all(user.op == "output" for user in node.users)
+    return (node.op == "get_attr" or operator(node) == "_to_copy") and all(user.op == "output" for user in node.users)

@@ -607,3 +607,46 @@ def test_random_operators_are_noted() -> None:
     assert "dropout" in notes[0]
     attention = MODELS["vision_transformer"]()
     assert capture(attention.module, attention.example_inputs).notes[1:] == []
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+@pytest.mark.parametrize("kind", ["module", "parameter", "buffer", "parameter below"])
+def test_names_that_torch_uses_for_itself(name: str, kind: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            if kind == "module":
+                self.add_module(name, nn.Linear(4, 4))
+            elif kind == "buffer":
+                self.register_buffer(name, torch.randn(4))
+            else:
+                owner = self if kind == "parameter" else self.linear
+                owner.register_parameter(name, nn.Parameter(torch.randn(4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            held = getattr(self.linear if kind == "parameter below" else self, name)
+            return self.linear(x) + (held(x) if kind == "module" else held)
+
+    model, x = Named().eval(), torch.randn(2, 4)
+    exported = torch.export.export(model, (x,))
+    names = list(exported.state_dict)
+    for each in (model, exported):
+        program = capture(each, (x,))
+        torch.testing.assert_close(program(x), model(x))
+        assert program.module().state_dict().keys() == model.state_dict().keys()
+    assert list(exported.state_dict) == names  # the user's program is not touched
+
+
+def test_a_buffer_of_such_a_name_that_is_updated_is_refused_by_its_own_name() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("meta", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.meta += 1
+            return x + self.meta
+
+    with pytest.raises(GraphoptError, match="the model updates its buffer meta in forward"):
+        capture(Counting(), torch.ones(2))

@@ -167,3 +167,26 @@ def test_inference_mode_around_capture() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     program(x).sum().backward()
     assert x.grad is not None
+
+
+def test_a_model_made_in_inference_mode_is_captured_and_left_as_it_was() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(self.norm(x)))
+
+    with torch.inference_mode():
+        model = Tied()
+    assert all(tensor.is_inference() for tensor in model.state_dict().values())
+    before, x = state(model), torch.randn(3, 4)
+    program = capture(model, x)
+    assert_unchanged(before, state(model))
+    assert model.norm.running_mean.is_inference()
+    assert not any(weight.is_inference() for weight in program.weights.values())
+    assert program.aliases == {"second.weight": "first.weight"}
+    torch.testing.assert_close(program(x), model.eval()(x))

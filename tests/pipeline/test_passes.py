@@ -194,3 +194,9 @@ def test_a_pass_that_is_built_wrong_is_refused_by_python() -> None:
         values: tuple[int, ...] = ()
 
     assert Mutable(values=[1]) == Mutable(values=(1,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("needs", [frozenset({"calibration", "los"}), "calibration"])
+def test_a_need_that_nobody_can_meet_is_refused_with_the_class(needs: Any) -> None:
+    with pytest.raises(GraphoptError, match=r"^Wishes needs '.*; a pass may need calibration, evaluate or loss$"):
+        type("Wishes", (Pass,), {"needs": needs})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import made_up_passes as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,6 +126,19 @@ def test_keeping_float_reaches_every_quantizing_pass() -> None:
     assert skips.pop("quantize_dynamic") == ("x", "head*", "a")
     assert {value for name, value in skips.items() if name.startswith("quantize")} == {("head*", "a")}
     assert builtin("exact").keeping_float(["a"]) == builtin("exact")
+
+
+def test_keeping_float_goes_by_what_a_pass_does_not_by_its_name() -> None:
+    @dataclass(frozen=True)
+    class Ternary(made.Coarse):
+        quantizes: ClassVar[bool] = True
+
+    @dataclass(frozen=True)
+    class QuantizedToNothing(made.Coarse):
+        pass
+
+    recipe = Recipe("r", (Ternary(), QuantizedToNothing())).keeping_float(["head"])
+    assert recipe.passes == (Ternary(skip=("head",)), QuantizedToNothing())
 
 
 def test_every_form_of_a_recipe(tmp_path: Path) -> None:

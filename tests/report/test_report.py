@@ -93,9 +93,9 @@ def test_json_is_strict_and_reads_back_equal() -> None:
 
 def test_restore_fills_in_a_result() -> None:
     first, second = result(), result(exported=False)
-    data = json.loads(Report.of(first).to_json()) | {"target": ""}
+    report = Report.from_dict(json.loads(Report.of(first).to_json()))
     second.notes, second.metric, second.original_metric, second.budget = [], None, None, type(second.budget)()
-    Report.restore(data, second)
+    report.restore(second)
     assert second.exported == first.exported
     assert second.notes == first.notes
     assert (second.original_metric, second.metric) == (90.0, 89.5)

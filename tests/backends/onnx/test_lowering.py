@@ -146,6 +146,21 @@ def test_codes_for_an_integer_kernel_keep_their_byte(tmp_path: Path, activation:
     assert fused == {"MatMulIntegerToFloat" if activation == "static" else "DynamicQuantizeMatMul": 1}
 
 
+class SharedCodes(QuantizedLinear):
+    """Reads its weight twice: with a quantized input, and with a float one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = dialect.dequantize(self.codes, self.scale, self.zero, None, 0, 0, self.format)
+        return super().forward(x) + nn.functional.linear(torch.sin(x), weight)
+
+
+def test_shared_codes_have_one_type(tmp_path: Path) -> None:
+    linear = SharedCodes("int4", activation="static", symmetric=True)
+    model, written, _ = exported(linear, (2, 3, 64), tmp_path / "model.onnx")
+    assert [each.data_type for each in model.graph.initializer if each.name == "codes"] == [TensorProto.INT8]
+    assert written > EXACT_SQNR_DB
+
+
 @pytest.mark.parametrize("activation", ["static", "dynamic"])
 @pytest.mark.parametrize("where", [{"group": 16}, {"along_inputs": True}])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])

@@ -18,7 +18,7 @@ import graphopt
 from graphopt.backends.onnx.backend import OnnxBackend
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.naming import dimension_names
-from graphopt.ir import Program
+from graphopt.ir import Program, operator
 
 
 class Returns(nn.Module):
@@ -237,6 +237,14 @@ def test_results_of_one_operator_are_told_apart() -> None:
     names = [str(node.name) for node in model.graph]
     assert len(set(names)) == len(names)
     assert [value.name for value in model.graph.outputs] == ["output_0", "output_1", "output_2", "output_3"]
+
+
+def test_scale_and_zero_point_of_a_dynamic_value_are_not_swapped() -> None:
+    program = graphopt.optimize(nn.Linear(4, 4), (torch.randn(3, 4),), recipe="int8_dynamic").program
+    known = {node.name: node for node in program.graph.nodes}
+    (dynamic,) = [node for node in lower(program).graph if node.op_type == "DynamicQuantizeLinear"]
+    codes, scale, zero = (known[str(value.name)] for value in dynamic.outputs)
+    assert operator(codes) == "graphopt.quantize" and (scale.args[1], zero.args[1]) == (0, 1)
 
 
 def test_no_trace_of_the_users_disk(tmp_path: Path) -> None:

@@ -48,3 +48,26 @@ def test_a_float32_model_is_left_alone_and_a_second_run_changes_nothing() -> Non
     program = capture(Mixed(torch.bfloat16).eval(), example)
     _, trace = run_passes(program, [RetypeFloats(), RetypeFloats()], Context(ONNXRUNTIME_CPU, strict=True))
     assert not trace["retype_floats#2"].changed
+
+
+class Returned(nn.Module):
+    """Returns one parameter that it also reads, and one that nothing else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Parameter(torch.randn(8, dtype=torch.bfloat16))
+        self.unread = nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x * self.read, self.read, self.unread
+
+
+def test_a_returned_weight_keeps_its_type() -> None:
+    model, x = Returned().eval(), torch.randn(3, 8, dtype=torch.bfloat16)
+    program = capture(model, (x,))
+    after, trace = run_passes(program, [RetypeFloats(), RetypeFloats()], Context(ONNXRUNTIME_CPU, strict=True))
+    assert trace["retype_floats"].changed and not trace["retype_floats#2"].changed
+    outputs = after(x)
+    assert [each.dtype for each in outputs] == [torch.bfloat16] * 3
+    assert torch.equal(outputs[1], model.read) and torch.equal(outputs[2], model.unread)
+    torch.testing.assert_close(outputs[0], model(x)[0], atol=2e-2, rtol=2e-2)
