@@ -529,7 +529,8 @@ def test_a_file_system_that_takes_no_more(tmp_path: Path) -> None:
     done = graphopt_process(
         "optimize", "cli_models:static", "--recipe", "exact", "-o", "run", folder=tmp_path, preexec_fn=limit
     )
-    assert "File too large" in one_sentence(done.stderr)
+    sentence = one_sentence(done.stderr)
+    assert "File too large" in sentence or "make room there" in sentence
     assert done.returncode == 2
     assert everything_below(tmp_path) == {tmp_path / "tmp"}
 

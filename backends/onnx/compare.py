@@ -149,7 +149,7 @@ def load_session(
             raise GraphoptError(f"there is no file '{path}'; give the path of an ONNX model") from None
         if "NOT_IMPLEMENTED" in str(error):
             raise NotExpressible(
-                f"ONNX Runtime's CPU provider has no kernel for an operator of '{path}' in its type: {first_line(error)}; "
+                f"ONNX Runtime's CPU provider has no kernel for an operator of '{path}': {first_line(error)}; "
                 "convert the model with .float(), or replace the operator"
             ) from None
         raise GraphoptError(f"ONNX Runtime does not load '{path}': {first_line(error)}; export it again") from None

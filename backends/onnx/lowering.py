@@ -28,7 +28,7 @@ from graphopt.backends.onnx.cleanup.editor import constant
 from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_after, name_merged
 from graphopt.backends.onnx.translation import refuse, single_out_global_pools, translation_table
 from graphopt.backends.onnx.trim import share_zero_points, trim
-from graphopt.errors import GraphoptError, NotExpressible, first_line
+from graphopt.errors import NotExpressible, first_line
 from graphopt.ir import Program, is_tensor, operator, source_line, to_exported
 
 PLAIN_OPSET = 20  # Gelu is an operator from 20 on; Q/DQ of 8 bits need 13

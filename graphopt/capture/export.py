@@ -86,6 +86,7 @@ def _renamed(exported: ExportedProgram, names: dict[str, str]) -> ExportedProgra
         module_call_graph=exported.module_call_graph,
         example_inputs=exported.example_inputs,
         constants={names.get(name, name): value for name, value in exported.constants.items()},
+        verifiers=exported.verifiers,
     )
 
 

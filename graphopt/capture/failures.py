@@ -110,9 +110,7 @@ def export_failure(model_name: str, error: Exception) -> GraphoptError:
             what = cause.what.format(*(group or "" for group in found.groups()))
             detail = _detail(error)
             return GraphoptError(f"cannot capture {model_name}: {what}{_at(error)}{detail}; {cause.help}")
-    return GraphoptError(
-        f"cannot capture {model_name}: {_plain(described(error))}{_at(error)}; {_OTHERWISE}"
-    )
+    return GraphoptError(f"cannot capture {model_name}: {_plain(described(error))}{_at(error)}; {_OTHERWISE}")
 
 
 def _detail(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.errors import GraphoptError, described, first_line, nearest
+from graphopt.errors import GraphoptError, nearest
 
 _REFERENCE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
@@ -71,9 +71,9 @@ def load_object(text: str) -> Any:
             raise GraphoptError(
                 f"there is no module {error.name!r}, neither in the current directory nor in the environment"
             ) from None
-        raise GraphoptError(f"importing {module_name} failed: {first_line(error)}") from error
+        raise GraphoptError(f"importing {module_name} failed: {error}") from error
     except (Exception, SystemExit) as error:
-        raise GraphoptError(f"importing {module_name} failed: {described(error)}") from error
+        raise GraphoptError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
     for name in path.split("."):
         if not hasattr(found, name):
             known = [each for each in dir(found) if not each.startswith("_")]
@@ -88,4 +88,4 @@ def _call(factory: Callable[[], Any], text: str) -> Any:
     except GraphoptError:
         raise
     except (Exception, SystemExit) as error:
-        raise GraphoptError(f"{text} failed: {described(error)}") from error
+        raise GraphoptError(f"{text} failed: {type(error).__name__}: {error}") from error

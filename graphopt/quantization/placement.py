@@ -1,9 +1,10 @@
 """Placement: where quantize and dequantize stand, so that the target runs whole regions on integers.
 
-The unit of decision is the operator. Anchors (convolution, linear) gain by themselves. Followers (add, pool, concat) and
-transparent operators (reshape, transpose, max-pool) are worth it only between integer operators: start with all of them
-integer and drop whatever reads a float or is read by nobody on integers, until nothing changes: the largest consistent set.
-A clamp from zero upwards right after an integer operator is absorbed: the zero point of the quantize behind it does its work.
+The unit of decision is the operator. Anchors (convolution, linear) gain by themselves. Followers (add, pool, concat)
+and transparent operators (reshape, transpose, max-pool) are worth it only between integer operators: start with all of
+them integer and drop whatever reads a float or is read by nobody on integers, until nothing changes: the largest
+consistent set. A clamp from zero upwards right after an integer operator is absorbed: the zero point of the quantize
+behind it does its work.
 
 The unit of quantization is the value. Each value that an integer operator reads or must write gets one quantize and a
 dequantize for each reader. Values tied by transparent operators share scale and zero point. What carries only masks or
@@ -115,7 +116,9 @@ class _Placer:
             else:
                 self.integer.add(node)
         dropped |= self.shrink()
-        self.result.anchors = [node for node in self.program.graph.nodes if node in self.integer and self.role(node) == "anchor"]
+        self.result.anchors = [
+            node for node in self.program.graph.nodes if node in self.integer and self.role(node) == "anchor"
+        ]
         self.values()
         self.explain(dropped)
         return self.result
@@ -271,7 +274,8 @@ class _Placer:
         return [
             user
             for user in node.users
-            if self._reads(user, node) or (operator(user) in _SPLITS and any(part in self.integer for part in user.users))
+            if self._reads(user, node)
+            or (operator(user) in _SPLITS and any(part in self.integer for part in user.users))
         ]
 
     def explain(self, dropped: dict[fx.Node, str]) -> None:

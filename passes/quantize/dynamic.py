@@ -36,26 +36,37 @@ class QuantizeDynamic(LossyPass):
         placement = place(program, context.target, functools.partial(self.refusal, program))
         anchors = set(placement.anchors)
         for node, reason in placement.declined:
-            if context.target.operators.get(operator(node)) and context.target.operators[operator(node)].role == "anchor":
+            if (
+                context.target.operators.get(operator(node))
+                and context.target.operators[operator(node)].role == "anchor"
+            ):
                 rewriter.decline(node, reason)
         if not anchors:
             rewriter.decline("program", nothing_to_quantize(context.target))
         codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
         for node in [node for node in program.graph.nodes if node in anchors]:
             if not context.target.operators[operator(node)].dynamic:
-                rewriter.decline(node, f"{context.target.name} has no fast {operator(node)} with scales computed at run time")
+                rewriter.decline(
+                    node, f"{context.target.name} has no fast {operator(node)} with scales computed at run time"
+                )
                 continue
             self._quantize(node, codes, rewriter, context)
         return rewriter.finish()
 
     def _quantize(
-        self, node: fx.Node, codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]], rewriter: Rewriter, context: Context
+        self,
+        node: fx.Node,
+        codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]],
+        rewriter: Rewriter,
+        context: Context,
     ) -> None:
         activation_grid, weight_grid = grid(context.target.activation_format), grid(context.target.weight_format)
         named = arguments(node)
         value = named["input"]
         if value not in codes:
-            both = rewriter.insert(dialect.dynamic_scale, value, 0, 0, activation_grid.name, before=node, origin=[value])
+            both = rewriter.insert(
+                dialect.dynamic_scale, value, 0, 0, activation_grid.name, before=node, origin=[value]
+            )
             scale = rewriter.insert(python_operator.getitem, both, 0, before=node, origin=[value])
             zero = rewriter.insert(python_operator.getitem, both, 1, before=node, origin=[value])
             made = rewriter.insert(

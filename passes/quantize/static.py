@@ -2,8 +2,8 @@
 
     y = conv(x, w, b)   ->   y' = dq(q(conv(dq(q(x)), dq(w_int8), dq(b_int32))))
 
-with w symmetric per output channel, b on the grid of scale_x * scale_w, activations asymmetric per tensor. Q and DQ stand
-where the target's profile lets its runtime fuse them (`graphopt.quantization.placement`).
+with w symmetric per output channel, b on the grid of scale_x * scale_w, activations asymmetric per tensor. Q and DQ
+stand where the target's profile lets its runtime fuse them (`graphopt.quantization.placement`).
 
 Lossy. Runs after the exact passes: folding changes weights and removes operators that would interrupt integer regions.
 """
@@ -99,7 +99,7 @@ class QuantizeStatic(LossyPass):
         bias = named.get("bias") if bias_joins else None
         least_scale = None
         if isinstance(bias, fx.Node):
-            # A channel of tiny weights and an ordinary bias would need a bias code beyond the grid: half of it is enough.
+            # A channel of tiny weights and an ordinary bias would need a bias code beyond the grid: half of it does.
             least_scale = rewriter.value(bias).abs() / (scales[named["input"]] * (bias_grid.code_max // 2))
         weight = quantize_weight(rewriter, named["weight"], weight_grid, 0, least_scale)
         changes = {"weight": dequantized(rewriter, weight, 0, weight_grid, node)}
@@ -112,7 +112,9 @@ class QuantizeStatic(LossyPass):
                 dialect.dequantize,
                 rewriter.weight(codes, name, bias_grid.storage, bias),
                 rewriter.weight(bias_scale, f"{name}_scale", torch.float32),
-                rewriter.weight(torch.zeros(bias_scale.shape, dtype=bias_grid.storage), f"{name}_zero_point", torch.int32),
+                rewriter.weight(
+                    torch.zeros(bias_scale.shape, dtype=bias_grid.storage), f"{name}_zero_point", torch.int32
+                ),
                 None,
                 0,
                 0,
@@ -137,7 +139,9 @@ def _within(scale: float, zero_point: int, upper: float, grid: IntegerGrid) -> f
 def insert_pair(value: Value, scale: fx.Node, zero_point: fx.Node, format: str, rewriter: Rewriter) -> list[fx.Node]:
     """Insert one quantize behind a value and one dequantize before each of its readers; return the dequantizes."""
     node = value.node
-    codes = rewriter.insert(dialect.quantize, node, scale, zero_point, 0, 0, format, before=_behind(node), origin=[node])
+    codes = rewriter.insert(
+        dialect.quantize, node, scale, zero_point, 0, 0, format, before=_behind(node), origin=[node]
+    )
     made = []
     for reader in value.readers:
         back = rewriter.insert(

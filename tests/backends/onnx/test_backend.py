@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.backends.onnx import backend as module
 from graphopt.backends.onnx.backend import OnnxBackend
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, NotExpressible
 from graphopt.ir import Program
 
 
@@ -40,6 +42,25 @@ def program() -> Program:
 def quantized() -> Program:
     torch.manual_seed(0)
     return graphopt.optimize(Model(), (torch.randn(2, 16),), recipe="int8_dynamic").program
+
+
+@pytest.fixture(autouse=True)
+def lowered_once(program: Program, quantized: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower the two programs once for all tests: these are about files."""
+    lower = module.lower
+
+    def cached(given: Program) -> Any:
+        key = next((name for name, known in (("p", program), ("q", quantized)) if known is given), None)
+        if key is None:
+            return lower(given)
+        if key not in _LOWERED:
+            _LOWERED[key] = ir.to_proto(lower(given))
+        return ir.from_proto(_LOWERED[key])
+
+    monkeypatch.setattr(module, "lower", cached)
+
+
+_LOWERED: dict[str, onnx.ModelProto] = {}
 
 
 def left(folder: Path) -> list[str]:
@@ -100,7 +121,7 @@ def test_large_weights_go_to_a_file_of_their_own(
         if entry.key == "location"
     }
     assert moved == "model.onnx.data"  # relative, so that the pair can be moved
-    monkeypatch.undo()
+    monkeypatch.setattr(module, "_EXTERNAL_BYTES", 1 << 30)
     report = OnnxBackend().export(quantized, path, program, measure=False)
     assert left(tmp_path) == ["model.onnx"] and report.size_bytes == path.stat().st_size
 
@@ -215,3 +236,22 @@ def test_no_folder_for_temporary_files(
     with pytest.raises(GraphoptError, match="temporary files") as raised:
         OnnxBackend().export(quantized, tmp_path / "model.onnx", program, measure=False)
     assert "\n" not in str(raised.value) and left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "runtime_says", "steps"), [(1.0, 101.0, 100 * 255), (0.0, 1e-3, math.inf), (2.0, 2.0, 0.0)]
+)
+def test_a_constant_output_is_compared_too(
+    torch_says: float, runtime_says: float, steps: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.onnx"
+    OnnxBackend().lower(graphopt.capture(torch.nn.Identity(), (torch.zeros(1),)), path)
+    found = module._steps(path, [np.array([torch_says], np.float32)], [np.array([runtime_says], np.float32)])
+    assert found == pytest.approx(steps)
+
+
+def test_a_type_that_the_runtime_has_no_kernel_for_is_a_sentence_about_the_model(tmp_path: Path) -> None:
+    program = graphopt.capture(torch.nn.Conv2d(1, 1, 1).double(), (torch.zeros(1, 1, 4, 4, dtype=torch.float64),))
+    with pytest.raises(NotExpressible, match=r"no kernel for an operator .*\.float\(\)"):
+        OnnxBackend().export(program, tmp_path / "m.onnx", None, False)
+    assert list(tmp_path.iterdir()) == []

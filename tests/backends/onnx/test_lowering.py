@@ -86,15 +86,16 @@ def code_types(model: onnx.ModelProto) -> set[int]:
     return {each.data_type for each in model.graph.initializer if each.name == "codes" or each.name in zero_points}
 
 
+SLOW = pytest.mark.slow  # not by itself, but there are many; the others cover the code
 FORMATS = [
     ("int2", 16, TensorProto.INT2 if packing.two_bits_known() else TensorProto.INT4),
-    ("uint2", 0, TensorProto.UINT2 if packing.two_bits_known() else TensorProto.UINT4),
+    pytest.param("uint2", 0, TensorProto.UINT2 if packing.two_bits_known() else TensorProto.UINT4, marks=SLOW),
     ("int3", 16, TensorProto.INT4),
-    ("uint3", 0, TensorProto.UINT4),
+    pytest.param("uint3", 0, TensorProto.UINT4, marks=SLOW),
     ("int4", 16, TensorProto.INT4),
     ("uint4", 32, TensorProto.UINT4),
-    ("uint6", 16, TensorProto.UINT8),
-    ("int7", 16, TensorProto.INT8),
+    pytest.param("uint6", 16, TensorProto.UINT8, marks=SLOW),
+    pytest.param("int7", 16, TensorProto.INT8, marks=SLOW),
     ("uint8", 32, TensorProto.UINT8),
 ]
 
@@ -162,7 +163,7 @@ def test_shared_codes_have_one_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("activation", ["static", "dynamic"])
-@pytest.mark.parametrize("where", [{"group": 16}, {"along_inputs": True}])
+@pytest.mark.parametrize("where", [pytest.param({"group": 16}, marks=SLOW), {"along_inputs": True}])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)])
 def test_scales_that_an_integer_kernel_cannot_apply(
     tmp_path: Path, activation: str, where: dict[str, Any], shape: tuple[int, ...]

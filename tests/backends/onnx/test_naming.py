@@ -60,7 +60,11 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("case", OUTPUTS)
+# Each takes a second; those that the others cover run with the slow tests.
+COVERED = {"tuple", "one in a list", "an input twice", "called as an operator", "nested"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in COVERED else ()) for c in OUTPUTS])
 def test_outputs(tmp_path: Path, case: str) -> None:
     make, names = OUTPUTS[case]
     program = graphopt.capture(Returns(make), _pair())

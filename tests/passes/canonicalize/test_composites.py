@@ -160,7 +160,9 @@ def test_a_decomposed_program_becomes_what_capture_makes(name: str) -> None:
 
 @pytest.mark.parametrize(("low", "high", "floats"), [(0, 0.5, True), (-1.5, 2, True), (0, 1, False), (0.0, 1.0, False)])
 def test_the_bounds_of_a_clamp_get_one_type(low: float, high: float, floats: bool) -> None:
-    program, changes = apply(Canonicalize(), graphopt.capture(Function(lambda x: x.clamp(low, high)), (torch.randn(4),)))
+    program, changes = apply(
+        Canonicalize(), graphopt.capture(Function(lambda x: x.clamp(low, high)), (torch.randn(4),))
+    )
     assert changes.changed == floats
     (clamp,) = [node for node in program.nodes if "clamp" in node.name]
     assert len({type(bound) for bound in clamp.args[1:]}) == 1

@@ -51,7 +51,9 @@ def test_scales_follow_the_input() -> None:
 
 
 def test_convolutions_stay_float_with_the_reason() -> None:
-    _, after, record = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)), torch.randn(1, 3, 4, 4))
+    _, after, record = quantized(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)), torch.randn(1, 3, 4, 4)
+    )
     assert [site.node for site in record.touched] == ["linear"]
     assert [(site.node, site.reason) for site in record.skipped] == [
         ("conv2d", "onnxruntime-cpu has no fast conv2d with scales computed at run time")

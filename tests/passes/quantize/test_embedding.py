@@ -34,7 +34,9 @@ def test_each_row_is_within_half_a_step() -> None:
     step = table.abs().amax(1) / 127
     error = (after(IDS) - program(IDS)).detach().abs().amax(-1)
     assert bool((error <= step[IDS] / 2 * 1.001).all()) and float(error.max()) > 0
-    assert after.weights["0.weight"].dtype is torch.int8 and "float32" not in {str(v.dtype) for n, v in after.weights.items() if n == "0.weight"}
+    assert after.weights["0.weight"].dtype is torch.int8 and "float32" not in {
+        str(v.dtype) for n, v in after.weights.items() if n == "0.weight"
+    }
     assert [site.reason for site in trace["quantize_embedding"].touched] == ["table 0.weight as int8 by row"]
 
 

@@ -140,7 +140,9 @@ def test_the_reason_for_a_float_island_is_recorded() -> None:
             return self.b(torch.tanh(self.a(x)))
 
     _, _, record = quantized(Island(), (torch.randn(1, 3, 4, 4),))
-    assert [(site.node, site.reason) for site in record.skipped] == [("tanh", "onnxruntime-cpu has no integer kernel for tanh")]
+    assert [(site.node, site.reason) for site in record.skipped] == [
+        ("tanh", "onnxruntime-cpu has no integer kernel for tanh")
+    ]
 
 
 def test_without_calibration_it_says_what_it_needs() -> None:
