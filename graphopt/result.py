@@ -111,7 +111,7 @@ class Result:
             self.export(temporary / "model.onnx")
         except NotExpressible as error:
             self.exported = None
-            self.notes.append(f"{_NO_FILE}{error}")
+            self.notes.append(_NO_FILE + str(error).replace(str(temporary), str(final)))
             for name in ("model.onnx", "model.onnx.data"):
                 (temporary / name).unlink(missing_ok=True)
         self.program.save(temporary / "model.pt2")

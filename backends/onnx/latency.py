@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from graphopt.backends.onnx.compare import load_session, select_feeds, session_options
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, first_line
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ class _Runner:
         try:
             self.run()
         except Exception as error:  # onnxruntime's exception classes are not public
-            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise GraphoptError(f"ONNX Runtime cannot run the model: {message}; check the inputs") from None
+            raise GraphoptError(f"ONNX Runtime cannot run the model: {first_line(error)}; check the inputs") from None
         once = self.run()
         while time.perf_counter() - start < 0.05:
             once = min(once, self.run())

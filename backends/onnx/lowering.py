@@ -80,6 +80,8 @@ def _export(program: Program, opset: int) -> ir.Model:
                 verbose=False,
                 custom_translation_table=translation_table(opset),
             )
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # the exporter wraps whatever goes wrong inside it
         raise NotExpressible(_why(program, error)) from error
     assert made is not None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.errors import first_line
 from graphopt.ir import Program, Rewriter, is_floating, module_path, operator
 from graphopt.ir.precision import retyped_arguments
 from graphopt.passes.canonicalize.operators import is_cast, is_pure
@@ -56,7 +57,7 @@ def evaluate_constants(rewriter: Rewriter, max_bytes: int) -> None:
         try:
             value = _evaluate(rewriter, node, values)
         except Exception as error:
-            rewriter.decline(node, f"it cannot be evaluated: {str(error).splitlines()[0] if str(error) else error!r}")
+            rewriter.decline(node, f"it cannot be evaluated: {first_line(error)}")
             continue
         if reason := _rounding_decides(node, value):
             rewriter.decline(node, reason)
