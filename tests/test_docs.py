@@ -150,3 +150,12 @@ def test_a_malformed_document_is_an_error(text: str, message: str, tmp_path: Pat
     (tmp_path / "bad.md").write_text(text)
     with pytest.raises(ValueError, match=message):
         snippets(tmp_path / "bad.md")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(path: Path) -> None:
+    text = path.read_text()
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    dead = [target for target in targets if target and "://" not in target and not (path.parent / target).exists()]
+    assert not dead
+    assert "@@" not in re.sub(r"^@@ .* @@", "", text, flags=re.M), "hunks of a diff aside"
