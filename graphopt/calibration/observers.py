@@ -16,7 +16,8 @@ from torch import Tensor
 from graphopt.errors import GraphoptError
 
 BINS = 2048
-SAMPLE = 1 << 16  # values of one tensor of one batch that enter the histogram
+# Values of one tensor of one batch that enter the histogram: as many as torch works on without waking its thread pool.
+SAMPLE = 1 << 15
 
 
 @dataclass(eq=False)
