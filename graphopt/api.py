@@ -91,6 +91,12 @@ def optimize(
         notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
         result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
         result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
+        result.notes += [
+            f"{record.key} changed nothing: {site.reason}"
+            for record in trace
+            for site in record.skipped
+            if site.node == "program"
+        ]
         if run_dir is not None:
             with shown.stage("export and measure"):
                 result.save(run_dir)

@@ -29,6 +29,7 @@ from graphopt.backends.onnx.naming import forget_metadata, mark, marked, name_af
 from graphopt.backends.onnx.translation import refuse, single_out_global_pools, translation_table
 from graphopt.backends.onnx.trim import share_zero_points, trim
 from graphopt.errors import NotExpressible, first_line
+from graphopt.exclusive import TRACING
 from graphopt.ir import Program, is_tensor, operator, source_line, to_exported
 
 PLAIN_OPSET = 20  # Gelu is an operator from 20 on; Q/DQ of 8 bits need 13
@@ -68,6 +69,10 @@ def needed_opset(program: Program) -> int:
 
 def _export(program: Program, opset: int) -> ir.Model:
     exported = to_exported(_tensors_only(program))
+    for node in exported.graph.nodes:
+        # The exporter traces again, with other strides than the model had: a view that was lawful may not be.
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     mark(exported)
     single_out_global_pools(exported)
     try:
@@ -133,6 +138,11 @@ def _failed(program: Program, chain: list[BaseException]) -> fx.Node | None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's progress lines, warnings and log; what matters comes back as an exception."""
+    with TRACING:
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[None]:
     logger = logging.getLogger("torch.onnx")
     level, disabled = logger.level, logging.root.manager.disable
     logger.setLevel(logging.CRITICAL)

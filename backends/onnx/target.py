@@ -35,6 +35,7 @@ ONNXRUNTIME_CPU = Target(
         "leaky_relu": _UNARY,
         "max_pool1d": _MOVE,
         "max_pool2d": _MOVE,
+        "max_pool3d": _MOVE,
         "view": _MOVE,
         "reshape": _MOVE,
         "_unsafe_view": _MOVE,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.errors import GraphoptError, first_line
+from graphopt.errors import GraphoptError, described, first_line
 from graphopt.ir.printing import type_text
 from graphopt.ir.program import Program, Signature
 
@@ -47,7 +47,8 @@ class Batches:
 
     def _reading(self) -> Iterator[list[Any]]:
         count = 0
-        for batch in self._source:
+        stream = iter(self._source)
+        while (batch := _next(stream, count)) is not _END:
             yield self._flat(batch, count)
             count += 1
         if count < self._seen:
@@ -65,7 +66,7 @@ class Batches:
             elif self._complete:
                 return
             else:
-                batch = next(self._source, _END)  # type: ignore[call-overload]
+                batch = _next(self._source, self._spooled)
                 if batch is _END:
                     self._complete = True
                     return
@@ -138,6 +139,16 @@ class Batches:
 
 
 _END = object()
+
+
+def _next(stream: Any, index: int) -> Any:
+    """Return the next batch or _END; what the user's own code raises is the user's to know."""
+    try:
+        return next(stream, _END)
+    except GraphoptError:
+        raise
+    except Exception as error:
+        raise GraphoptError(f"reading calibration batch {index} failed: {described(error)}") from error
 
 
 def check_source(source: Any) -> None:

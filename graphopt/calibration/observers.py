@@ -18,6 +18,7 @@ from graphopt.errors import GraphoptError
 BINS = 2048
 # Values of one tensor of one batch that enter the histogram: as many as torch works on without waking its thread pool.
 SAMPLE = 1 << 15
+FEW = 8  # batches after which a quarter of that will do
 
 
 @dataclass(eq=False)
@@ -56,7 +57,7 @@ class Histogram:
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(max(abs(low), abs(high)))
-        sample = _sample(wide, self.updates).to(torch.float64)
+        sample = _sample(wide, SAMPLE if self.updates < FEW else SAMPLE // 4, self.updates).to(torch.float64)
         self.updates += 1
         # The edge is a power of two: the quotient is exact, and a value falls into the same bin however the range grew.
         bins = (sample / (self.edge or 1.0) * (BINS // 2)).floor().long() + BINS // 2
@@ -99,14 +100,14 @@ def _fold(counts: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _sample(values: Tensor, seed: int) -> Tensor:
-    """Return all values, or SAMPLE of them: one drawn from each of SAMPLE equal stretches.
+def _sample(values: Tensor, size: int, seed: int) -> Tensor:
+    """Return all values, or `size` of them: one drawn from each of `size` equal stretches.
 
     A fixed stride would fall in step with the sizes of the tensor's axes and see some channels only.
     """
     flat = values.reshape(-1)
-    if flat.numel() <= SAMPLE:
+    if flat.numel() <= size:
         return flat
-    offsets = torch.rand(SAMPLE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    positions = (torch.arange(SAMPLE, dtype=torch.float64) + offsets) * (flat.numel() / SAMPLE)
+    offsets = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    positions = (torch.arange(size, dtype=torch.float64) + offsets) * (flat.numel() / size)
     return flat[positions.long().clamp(max=flat.numel() - 1)]

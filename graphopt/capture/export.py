@@ -25,6 +25,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputKind
 from graphopt.capture.failures import export_failure
 from graphopt.capture.randomness import draws
 from graphopt.errors import GraphoptError
+from graphopt.exclusive import TRACING
 from graphopt.ir.exported import source_line
 from graphopt.ir.program import storable_name
 
@@ -170,7 +171,12 @@ def _quiet() -> Iterator[None]:
     disabled = [logger.disabled for logger in loggers]
     # torch.export prints the unfinished graph of a failure; a forward that prints has done so when it was run.
     sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
+    with (
+        TRACING,
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(sink),
+        contextlib.redirect_stdout(sink),
+    ):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:

@@ -6,6 +6,7 @@ sees one complete mapping and need not care.
 
 from __future__ import annotations
 
+import operator as python_operator
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ def operator(node: object) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, name = node.target._schema.name.split("::")
         return name if namespace == "aten" else f"{namespace}.{name}"
-    return str(getattr(node.target, "__name__", node.target))
+    if node.target is python_operator.getitem:
+        return "getitem"
+    # Arithmetic on symbolic sizes calls Python's operators: `mul` of two sizes is not aten's `mul` of two tensors.
+    return f"python.{getattr(node.target, '__name__', node.target)}"
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -326,3 +326,19 @@ def test_a_spool_that_was_removed(one: Program) -> None:
     (spool(batches) / "0.pt").unlink()
     with pytest.raises(GraphoptError, match="calibration batch 0 is gone"):
         list(batches)
+
+
+def test_what_the_users_own_iterator_raises_is_told_as_such() -> None:
+    program = capture(nn.Linear(2, 2), (torch.zeros(1, 2),))
+
+    def stream() -> Iterator[Any]:
+        yield (torch.zeros(1, 2),)
+        raise ValueError("boom")
+
+    class Source:
+        def __iter__(self) -> Iterator[Any]:
+            return stream()
+
+    for source in (stream(), Source()):
+        with pytest.raises(GraphoptError, match="reading calibration batch 1 failed: ValueError: boom"):
+            list(Batches(source, program))
