@@ -149,9 +149,11 @@ class Rewriter:
         """Return the weight that holds the same integers: a table tied before quantization is stored once after."""
         node: fx.Node
         for node in self.graph.nodes:
-            if node.op == "get_attr":
+            value = node.meta.get("val")
+            # The abstract value first: walking to the tensor behind a dotted name is what costs.
+            if node.op == "get_attr" and value.dtype == codes.dtype and value.shape == codes.shape:
                 known = self.program.weight(node)
-                if known.dtype == codes.dtype and known.shape == codes.shape and torch.equal(known, codes):
+                if torch.equal(known, codes):
                     return node
         return None
 
