@@ -149,12 +149,13 @@ class Rewriter:
         """Return the weight that holds the same integers: a table tied before quantization is stored once after."""
         node: fx.Node
         for node in self.graph.nodes:
-            value = node.meta.get("val")
+            if node.op != "get_attr":
+                continue
             # The abstract value first: walking to the tensor behind a dotted name is what costs.
-            if node.op == "get_attr" and value.dtype == codes.dtype and value.shape == codes.shape:
-                known = self.program.weight(node)
-                if torch.equal(known, codes):
-                    return node
+            value = node.meta["val"]
+            same_type = value.dtype == codes.dtype and value.shape == codes.shape
+            if same_type and torch.equal(self.program.weight(node), codes):
+                return node
         return None
 
     def once(self, source: fx.Node, key: str, make: Callable[[], Made]) -> Made:
