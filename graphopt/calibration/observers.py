@@ -6,6 +6,7 @@ so memory does not grow with the number of batches. Large tensors enter the hist
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from graphopt.errors import GraphoptError
 BINS = 2048
 # Values of one tensor of one batch that enter the histogram: as many as torch works on without waking its thread pool.
 SAMPLE = 1 << 15
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, less their whole parts, keep apart
 FEW = 8  # batches after which a quarter of that will do
 
 
@@ -108,6 +110,13 @@ def _sample(values: Tensor, size: int, seed: int) -> Tensor:
     flat = values.reshape(-1)
     if flat.numel() <= size:
         return flat
-    offsets = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # Another shift for every tensor: drawing anew would cost more than everything else here.
+    offsets = (_offsets()[:size] + seed * _GOLDEN_RATIO).frac()
     positions = (torch.arange(size, dtype=torch.float64) + offsets) * (flat.numel() / size)
     return flat[positions.long().clamp(max=flat.numel() - 1)]
+
+
+@functools.cache
+def _offsets() -> Tensor:
+    """Return SAMPLE numbers in [0, 1), float64."""
+    return torch.rand(SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -25,7 +25,7 @@ from graphopt.calibration.observers import Histogram
 from graphopt.quantization.grids import IntegerGrid
 
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
-_Cost = Callable[[Histogram, float, float, IntegerGrid], float]
+_Cost = Callable[[float, float], float]  # of a range, its ends given
 # Dense where the best clipping of bell-shaped data lies, sparse down to where only far outliers push it.
 _FRACTIONS = np.concatenate([np.linspace(1.0, 0.5, 26), np.geomspace(0.5, 0.02, 20)[1:]])
 _TURNS = 2
@@ -43,30 +43,30 @@ def choose_range(
         return _percentile(seen, percentile, low, high)
     if observer == "minmax":
         return low, high
-    cost = _squared_error if observer == "mse" else _divergence
+    cost = (_squared_error if observer == "mse" else _divergence)(seen, grid)
     # Both ends together first: with a far outlier on either side, moving one end alone gains nothing.
-    both = float(_FRACTIONS[int(np.argmin([cost(seen, each * low, each * high, grid) for each in _FRACTIONS]))])
+    both = _best(lambda fraction: cost(fraction * low, fraction * high))
     best_low, best_high = both * low, both * high
-    for _ in range(_TURNS):
-        best_high = _search(high, functools.partial(_with_high, cost, seen, best_low, grid))
-        best_low = _search(low, functools.partial(_with_low, cost, seen, best_high, grid))
+    for _ in range(_TURNS if low and high else 0):  # with one end at zero that was the whole search
+        before = best_low
+        best_high = high * _best(functools.partial(_with_high, cost, best_low, high))
+        best_low = low * _best(functools.partial(_with_low, cost, low, best_high))
+        if best_low == before:
+            break  # the next turn would ask the same questions
     return best_low, best_high
 
 
-def _search(end: float, cost: Callable[[float], float]) -> float:
-    """Return the fraction of `end` with the smallest cost, of equal ones the widest."""
-    if end == 0.0:
-        return 0.0
-    costs = [cost(float(fraction) * end) for fraction in _FRACTIONS]
-    return float(_FRACTIONS[int(np.argmin(costs))]) * end
+def _best(cost: Callable[[float], float]) -> float:
+    """Return the fraction with the smallest cost, of equal ones the widest."""
+    return float(_FRACTIONS[int(np.argmin([cost(float(fraction)) for fraction in _FRACTIONS]))])
 
 
-def _with_high(cost: _Cost, seen: Histogram, low: float, grid: IntegerGrid, high: float) -> float:
-    return cost(seen, low, high, grid)
+def _with_high(cost: _Cost, low: float, end: float, fraction: float) -> float:
+    return cost(low, fraction * end)
 
 
-def _with_low(cost: _Cost, seen: Histogram, high: float, grid: IntegerGrid, low: float) -> float:
-    return cost(seen, low, high, grid)
+def _with_low(cost: _Cost, end: float, high: float, fraction: float) -> float:
+    return cost(fraction * end, high)
 
 
 def affine(low: float, high: float, grid: IntegerGrid) -> tuple[float, int]:
@@ -100,18 +100,22 @@ def _percentile(seen: Histogram, percentile: float, low: float, high: float) -> 
     return max(low, min(cut_low, 0.0)), min(high, max(float(edges[last]), 0.0))
 
 
-def _squared_error(seen: Histogram, low: float, high: float, grid: IntegerGrid) -> float:
-    """Return the sum of squared errors of all values, integrated over each bin exactly."""
-    scale, zero_point = affine(low, high, grid)
+def _squared_error(seen: Histogram, grid: IntegerGrid) -> _Cost:
+    """Return the cost of a range: the sum of squared errors of all values, integrated over each bin exactly."""
     occupied = seen.counts > 0
-    centers, half = seen.centers()[occupied], seen.edge / len(seen.counts)
+    counts, centers, half = seen.counts[occupied], seen.centers()[occupied], seen.edge / len(seen.counts)
     # Nothing lies beyond the minimum and maximum, which are known exactly; a constant leaves a bin of no width.
     first, last = np.maximum(centers - half, seen.low), np.minimum(centers + half, seen.high)
     thin = last - first < 1e-6 * half
     first, last = np.where(thin, first - 5e-7 * half, first), np.where(thin, last + 5e-7 * half, last)
-    inside = (_integrated_error(each / scale, grid, zero_point) for each in (last, first))
-    mean = np.subtract(*inside) * (scale / (last - first))
-    return float(np.sum(seen.counts[occupied] * mean) * scale**2)
+    edges, density = np.stack([first, last]), counts / (last - first)
+
+    def cost(low: float, high: float) -> float:
+        scale, zero_point = affine(low, high, grid)
+        before, behind = _integrated_error(edges / scale, grid, zero_point)
+        return float(density @ (behind - before)) * scale**3
+
+    return cost
 
 
 def _integrated_error(steps: np.ndarray, grid: IntegerGrid, zero_point: int) -> np.ndarray:
@@ -125,9 +129,16 @@ def _integrated_error(steps: np.ndarray, grid: IntegerGrid, zero_point: int) -> 
     return area
 
 
-def _divergence(seen: Histogram, low: float, high: float, grid: IntegerGrid) -> float:
-    """KL between the clipped distribution and its image on the grid, spread evenly over the bins it came from."""
+def _divergence(seen: Histogram, grid: IntegerGrid) -> _Cost:
+    """Return the cost of a range: KL between the clipped distribution and its image on the grid.
+
+    The image of a code is spread evenly over the bins that it came from.
+    """
     counts, centers = seen.counts, seen.centers()
+    return functools.partial(_divergence_of, counts, centers, grid)
+
+
+def _divergence_of(counts: np.ndarray, centers: np.ndarray, grid: IntegerGrid, low: float, high: float) -> float:
     scale, zero_point = affine(low, high, grid)
     codes = (
         np.clip(np.round(centers / scale) + zero_point, grid.code_min, grid.code_max).astype(np.int64) - grid.code_min
