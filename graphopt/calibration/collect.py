@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,20 +15,6 @@ from graphopt.ir.program import Program
 from graphopt.progress import Progress
 
 
-class _Observed(fx.Interpreter):
-    def __init__(self, program: Program, histograms: dict[fx.Node, Histogram]) -> None:
-        super().__init__(program.graph_module)
-        self.extra_traceback = False  # it would write the graph into the error's text
-        self._histograms = histograms
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        histogram = self._histograms.get(n)
-        if histogram is not None and isinstance(value, Tensor):
-            histogram.update(value, n.name)
-        return value
-
-
 def collect(
     program: Program, nodes: Collection[fx.Node], batches: Batches, progress: Progress
 ) -> dict[fx.Node, Histogram]:
@@ -37,11 +23,12 @@ def collect(
     Raises GraphoptError where there is no batch, or a batch does not run.
     """
     histograms = {node: Histogram() for node in nodes}
+    observed = _observed(program, histograms)
     count = 0
     with progress.stage("calibrate", len(batches)) as stage, torch.no_grad():
         for flat in batches:
             try:
-                _Observed(program, histograms).run(*flat)
+                observed(*flat)
             except (GraphoptError, MemoryError):
                 raise
             except Exception as error:  # an index beyond a table, sizes of inputs that do not go together
@@ -54,3 +41,33 @@ def collect(
     if count == 0:
         raise GraphoptError(EMPTY)
     return histograms
+
+
+def _observed(program: Program, histograms: Mapping[fx.Node, Histogram]) -> Callable[..., Any]:
+    """Return the program as a function that shows the values of some nodes to their histograms on the way.
+
+    Generated code runs each operator without an interpreter's overhead and drops each value after its last use.
+    """
+    twin = program.clone()
+    names = {node.name: histogram for node, histogram in histograms.items()}
+    for node in list(twin.graph.nodes):
+        if node.name in names and isinstance(node.meta.get("val"), Tensor):
+            behind = node.next
+            while behind.op in ("placeholder", "get_attr"):
+                behind = behind.next
+            with twin.graph.inserting_before(behind):
+                twin.graph.call_function(_Show(names[node.name], node.name), (node,))
+    twin.graph_module.recompile()
+    return twin.graph_module
+
+
+class _Show:
+    """A call in generated code: update one histogram."""
+
+    def __init__(self, histogram: Histogram, name: str) -> None:
+        self.histogram, self.name = histogram, name
+        self.__name__, self.__module__ = "show", __name__
+
+    def __call__(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.histogram.update(value, self.name)

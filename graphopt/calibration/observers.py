@@ -59,12 +59,14 @@ class Histogram:
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._cover(max(abs(low), abs(high)))
-        sample = _sample(wide, SAMPLE if self.updates < FEW else SAMPLE // 4, self.updates).to(torch.float64)
+        flat = wide.reshape(-1).numpy(force=True)
+        size = SAMPLE if self.updates < FEW else SAMPLE // 4
+        sample = flat if flat.size <= size else flat[_positions(flat.size, size, self.updates)]
         self.updates += 1
-        # The edge is a power of two: the quotient is exact, and a value falls into the same bin however the range grew.
-        bins = (sample / (self.edge or 1.0) * (BINS // 2)).floor().long() + BINS // 2
-        counts = torch.bincount(bins.clamp(max=BINS - 1), minlength=BINS)
-        self.counts += counts.numpy() * (values.numel() / sample.numel())
+        # The edge is a power of two: the product is exact, and a value falls into the same bin however the range grew.
+        bins = np.floor(sample.astype(np.float64) * (BINS // 2 / (self.edge or 1.0))).astype(np.intp) + BINS // 2
+        counts = np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+        self.counts += counts * (flat.size / sample.size)
 
     def merge(self, other: Histogram) -> None:
         """Add what another histogram has seen."""
@@ -102,21 +104,16 @@ def _fold(counts: np.ndarray) -> np.ndarray:
     return wide
 
 
-def _sample(values: Tensor, size: int, seed: int) -> Tensor:
-    """Return all values, or `size` of them: one drawn from each of `size` equal stretches.
+def _positions(count: int, size: int, seed: int) -> np.ndarray:
+    """Return `size` of `count` positions: one drawn from each of `size` equal stretches, all shifted for each seed.
 
     A fixed stride would fall in step with the sizes of the tensor's axes and see some channels only.
     """
-    flat = values.reshape(-1)
-    if flat.numel() <= size:
-        return flat
-    # Another shift for every tensor: drawing anew would cost more than everything else here.
-    offsets = (_offsets()[:size] + seed * _GOLDEN_RATIO).frac()
-    positions = (torch.arange(size, dtype=torch.float64) + offsets) * (flat.numel() / size)
-    return flat[positions.long().clamp(max=flat.numel() - 1)]
+    shifted: np.ndarray = _drawn(count, size) + int(count * (seed * _GOLDEN_RATIO % 1))
+    return np.where(shifted < count, shifted, shifted - count)
 
 
-@functools.cache
-def _offsets() -> Tensor:
-    """Return SAMPLE numbers in [0, 1), float64."""
-    return torch.rand(SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@functools.lru_cache(maxsize=32)
+def _drawn(count: int, size: int) -> np.ndarray:
+    offsets = np.random.default_rng(0).random(size)
+    return np.minimum(((np.arange(size) + offsets) * (count / size)).astype(np.intp), count - 1)
