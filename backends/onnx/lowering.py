@@ -14,7 +14,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -102,14 +102,14 @@ def _decompose_at_need(exported: ExportedProgram) -> None:
     The exporter decomposes what it has no translation for, which traces the whole program again: a quarter of an
     export's time. A Program has been decomposed when it was captured, so mostly nothing is left.
     """
-    decompose = exported.run_decompositions
+    decompose: Callable[..., ExportedProgram] = exported.run_decompositions
 
     def at_need(table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if table is None or any(node.target in table for node in exported.graph.nodes):
             return decompose(table, *args, **kwargs)
         return exported
 
-    exported.run_decompositions = at_need  # type: ignore[method-assign]
+    exported.run_decompositions = at_need
 
 
 def _tensors_only(program: Program) -> Program:
