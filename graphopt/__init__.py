@@ -5,6 +5,7 @@
 """
 
 from graphopt import passes
+from graphopt.analysis.spaces import analyze
 from graphopt.api import optimize
 from graphopt.budget import Budget
 from graphopt.capture import capture
@@ -15,6 +16,7 @@ from graphopt.result import Result, load
 from graphopt.target import Target
 
 __all__ = [
-    "Budget", "GraphoptError", "Pass", "Program", "Recipe", "Result", "Target", "capture", "load", "optimize", "passes",
+    "Budget", "GraphoptError", "Pass", "Program", "Recipe", "Result", "Target", "analyze", "capture", "load",
+    "optimize", "passes",
 ]  # fmt: skip
 __version__ = "0.1.0"

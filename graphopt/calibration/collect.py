@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.calibration.batches import EMPTY, Batches
-from graphopt.calibration.observers import Histogram
+from graphopt.calibration.observers import Histogram, Observer
 from graphopt.errors import GraphoptError, described
 from graphopt.ir.program import Program
 from graphopt.progress import Progress
@@ -23,7 +23,18 @@ def collect(
     Raises GraphoptError where there is no batch, or a batch does not run.
     """
     histograms = {node: Histogram() for node in nodes}
-    observed = _observed(program, histograms)
+    observe(program, histograms, batches, progress)
+    return histograms
+
+
+def observe(
+    program: Program, observers: Mapping[fx.Node, Observer], batches: Batches, progress: Progress
+) -> None:
+    """Show the values of nodes to their observers, batch by batch, in one reading.
+
+    Raises GraphoptError where there is no batch, or a batch does not run.
+    """
+    observed = _observed(program, observers)
     count = 0
     with progress.stage("calibrate", len(batches)) as stage, torch.no_grad():
         for flat in batches:
@@ -40,16 +51,15 @@ def collect(
             stage.advance()
     if count == 0:
         raise GraphoptError(EMPTY)
-    return histograms
 
 
-def _observed(program: Program, histograms: Mapping[fx.Node, Histogram]) -> Callable[..., Any]:
-    """Return the program as a function that shows the values of some nodes to their histograms on the way.
+def _observed(program: Program, observers: Mapping[fx.Node, Observer]) -> Callable[..., Any]:
+    """Return the program as a function that shows the values of some nodes to their observers on the way.
 
     Generated code runs each operator without an interpreter's overhead and drops each value after its last use.
     """
     twin = program.clone()
-    names = {node.name: histogram for node, histogram in histograms.items()}
+    names = {node.name: observer for node, observer in observers.items()}
     for node in list(twin.graph.nodes):
         if node.name in names and isinstance(node.meta.get("val"), Tensor):
             behind = node.next
@@ -62,12 +72,12 @@ def _observed(program: Program, histograms: Mapping[fx.Node, Histogram]) -> Call
 
 
 class _Show:
-    """A call in generated code: update one histogram."""
+    """A call in generated code: update one observer."""
 
-    def __init__(self, histogram: Histogram, name: str) -> None:
-        self.histogram, self.name = histogram, name
+    def __init__(self, observer: Observer, name: str) -> None:
+        self.observer, self.name = observer, name
         self.__name__, self.__module__ = "show", __name__
 
     def __call__(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            self.histogram.update(value, self.name)
+            self.observer.update(value, self.name)

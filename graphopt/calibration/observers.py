@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,13 @@ BINS = 2048
 SAMPLE = 1 << 15
 _GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples, less their whole parts, keep apart
 FEW = 8  # batches after which a quarter of that will do
+
+
+class Observer(Protocol):
+    """What is shown every value of one node."""
+
+    def update(self, values: Tensor, name: str) -> None:
+        """Take a tensor in; `name` is its node's."""
 
 
 @dataclass(eq=False)

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Hooks too: a model that registers them in its first call, and notes that in an attribute, would do so twice.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+_REGISTRIES = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -27,8 +32,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def inference(model: nn.Module) -> Iterator[bool]:
     """Hold `model` in eval mode without gradients; yield whether any part of it was in train mode.
 
-    On leaving, every submodule's training flag, attributes and buffers are what they were: forward may count calls in a
-    buffer, and tracing leaves abstract tensors in attributes that forward assigns.
+    On leaving, every submodule's training flag, attributes, hooks and buffers are what they were: forward may count
+    calls in a buffer, and tracing leaves abstract tensors in attributes that forward assigns.
     """
     flags = {module: module.training for module in model.modules()}
     was_training = any(flags.values())

@@ -122,6 +122,29 @@ def test_attributes_set_in_forward_are_not_left_abstract() -> None:
     hooked.run()
 
 
+class HooksItself(nn.Module):
+    """Registers a hook in its first call and remembers that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.hooked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.inner.register_forward_hook(lambda module, args, output: output + 1)
+            self.hooked = True
+        return self.inner(x)
+
+
+def test_hooks_registered_in_forward_go_with_what_forward_remembers_of_them() -> None:
+    x, never, after = torch.randn(2, 3), HooksItself().eval(), HooksItself().eval()
+    after.load_state_dict(never.state_dict())
+    capture(after, x)
+    assert not after.inner._forward_hooks
+    assert torch.equal(after(x), never(x))
+
+
 def test_failure_restores_too() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
