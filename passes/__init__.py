@@ -11,25 +11,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphopt.passes.canonicalize.canonicalize import Canonicalize
     from graphopt.passes.fold.batch_norm import FoldBatchNorm
+    from graphopt.passes.fold.center_norms import CenterNorms
+    from graphopt.passes.fold.norm_affine import FoldNormAffine
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
     from graphopt.passes.quantize.embedding import QuantizeEmbedding
     from graphopt.passes.quantize.static import QuantizeStatic
     from graphopt.passes.retype.floats import RetypeFloats
+    from graphopt.passes.transform.rotate import Rotate
+    from graphopt.passes.transform.smooth import Smooth
+    from graphopt.passes.transform.split_linears import SplitLinears
 
 _MODULES = {
     "Canonicalize": "canonicalize.canonicalize",
+    "CenterNorms": "fold.center_norms",
     "FoldBatchNorm": "fold.batch_norm",
+    "FoldNormAffine": "fold.norm_affine",
     "FoldWeightNorm": "fold.weight_norm",
     "QuantizeDynamic": "quantize.dynamic",
     "QuantizeEmbedding": "quantize.embedding",
     "QuantizeStatic": "quantize.static",
     "RetypeFloats": "retype.floats",
+    "Rotate": "transform.rotate",
+    "Smooth": "transform.smooth",
+    "SplitLinears": "transform.split_linears",
 }
 
 __all__ = [
-    "Canonicalize", "FoldBatchNorm", "FoldWeightNorm", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic",
-    "RetypeFloats",
+    "Canonicalize", "CenterNorms", "FoldBatchNorm", "FoldNormAffine", "FoldWeightNorm",
+    "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
+    "Smooth", "SplitLinears",
 ]  # fmt: skip
 
 

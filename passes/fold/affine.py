@@ -102,10 +102,11 @@ class Reader:
             return ""
         if operator(node) in _TRANSPOSED:
             return f"at the border of {node.name} fewer taps meet, so the shift is no constant there"
-        return f"{node.name} pads with zeros, which the shift does not reach" if _pads_with_zeros(node) else ""
+        return f"{node.name} pads with zeros, which the shift does not reach" if pads_with_zeros(node) else ""
 
 
-def _pads_with_zeros(node: fx.Node) -> bool:
+def pads_with_zeros(node: fx.Node) -> bool:
+    """True for a convolution that pads with zeros, which no shift of its input reaches."""
     padding = arguments(node).get("padding", 0)
     if isinstance(padding, str):
         return padding != "valid"

@@ -31,14 +31,18 @@ def center_norms(rewriter: Rewriter) -> None:
     """Center the writers of every space that only layer norms read, and make these RMS norms."""
     edits = Reparameterization(rewriter)
     centered: list[fx.Node] = []
+    unseen = {node: None for node in rewriter.graph.nodes if operator(node) == "layer_norm"}
     for space in analyze(rewriter.program).under(Symmetry.CENTER):
-        norms = [node for node in space.norms if operator(node) == "layer_norm"]
+        norms = [node for node in space.norms if node in unseen]
+        unseen = {node: None for node in unseen if node not in norms}
         if norms and space.free:
             edits.apply(space, None)
             centered += norms
         else:
             for norm in norms:
                 rewriter.decline(norm, f"{space.name} cannot be centered where it is written: {space.pins[0]}")
+    for norm in unseen:
+        rewriter.decline(norm, "no weight writes what it normalizes")
     edits.commit()
     for norm in centered:
         _without_mean(norm, rewriter)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.ir import Changes, Program, operator, program_text, verify
-from graphopt.passes import Canonicalize
-from graphopt.pipeline import Context, Pass
+from graphopt.pipeline import Context, Pass, make_pass
 from graphopt.pipeline.validation import Validator
 from graphopt.target import Target
 
@@ -95,11 +94,21 @@ def captured(example: Example, symbolic: bool = False) -> Program:
 
 
 def before(example: Example, pass_: Pass, symbolic: bool = False) -> Program:
-    """Return a program that the pass may change, canonicalized where the pass wants that."""
+    """Return a program that the pass may change, after the passes that it requires."""
     program = captured(example, symbolic).clone()
-    if "canonicalize" in pass_.requires:
-        Canonicalize().run(program, CONTEXT)
+    with torch.no_grad():
+        for needed in required(pass_):
+            needed.run(program, CONTEXT)
     return program
+
+
+def required(pass_: Pass) -> list[Pass]:
+    """Return the passes that must run before another one, with their defaults, in order."""
+    found: dict[str, Pass] = {}
+    for name in pass_.requires:
+        needed = make_pass(name)
+        found |= {each.name: each for each in [*required(needed), needed]}
+    return list(found.values())
 
 
 def apply(pass_: Pass, program: Program) -> tuple[Program, Changes]:

@@ -1,0 +1,162 @@
+"""Rotations at run time, where no weight before can carry them.
+
+    hidden       linear(x, W)  ->  linear(hadamard(x), W Q)
+    query, key   q kᵀ          ->  hadamard(q) hadamard(k)ᵀ
+
+hadamard(x) = x Q takes n·log n operations a vector. Neither has random signs: those of a rotation that weights absorb
+are free, these would cost a multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt.analysis import node_macs
+from graphopt.analysis.spaces import Read, Space
+from graphopt.analysis.spaces.flow import RULES
+from graphopt.analysis.spaces.rules import pointwise
+from graphopt.ir import Rewriter, arguments, operator
+from graphopt.ir.hadamard import factors, matrix_of, orthogonal
+from graphopt.passes.canonicalize.operators import permutation
+
+_KEEPS_SCORES = {"mul", "div", "add", "sub", "where", "masked_fill", "reshape", "_to_copy", "clamp", "neg", "expand"}
+_SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """An activation that a nonlinearity wrote, and the linears that read it."""
+
+    source: fx.Node
+    readers: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """The operator that multiplies queries by keys, and its two operands."""
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+
+
+def hidden_sites(spaces: Iterable[Space]) -> list[Hidden]:
+    """Return the activations of pinned spaces that an elementwise operator computes and linears read."""
+    found: dict[fx.Node, dict[fx.Node, None]] = {}
+    for space in spaces:
+        for read in () if space.free or space.norms else space.reads:
+            if operator(read.node) == "linear" and read.partner.op == "get_attr" and _is_pointwise(read.source):
+                found.setdefault(read.source, {})[read.node] = None
+    return [Hidden(source, tuple(readers)) for source, readers in found.items()]
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return getattr(RULES.get(operator(node)), "__module__", "") == pointwise.__name__
+
+
+def query_key_sites(spaces: Iterable[Space]) -> list[QueryKey]:
+    """Return the products of two activations over a pinned space that a softmax reads."""
+    found: dict[fx.Node, list[Read]] = {}
+    for space in spaces:
+        for read in () if space.free else space.reads:
+            if read.partner.op != "get_attr" and _is_scored(read):
+                found.setdefault(read.node, []).append(read)
+    return [QueryKey(node, *(read.source for read in reads)) for node, reads in found.items() if len(reads) == 2]
+
+
+def _is_scored(read: Read) -> bool:
+    if operator(read.node) == "scaled_dot_product_attention":
+        return True
+    pending, seen = list(read.node.users), set()
+    while pending:
+        node = pending.pop()
+        if operator(node) in _SOFTMAX:
+            return True
+        if node not in seen and operator(node) in _KEEPS_SCORES:
+            seen.add(node)
+            pending += node.users
+    return False
+
+
+def rotate_hidden(site: Hidden, block_size: int, rewriter: Rewriter) -> None:
+    """Transform the activation and give each reader the transformed weight."""
+    size = int(site.source.meta["val"].shape[-1])
+    block, small, reason = _fitting(size, block_size)
+    if reason:
+        rewriter.decline(site.source, reason)
+        return
+    after = min(site.readers)
+    new = _hadamard(site.source, small, block, after, rewriter)
+    matrix = matrix_of(size, small, None, block)
+    for reader in site.readers:
+        weight = arguments(reader)["weight"]
+        rewriter.rewire(reader, input=new, weight=rewriter.edit(weight, "hadamard", lambda value: value @ matrix))
+    readers = ", ".join(node.name for node in site.readers)
+    rewriter.touch(site.source, f"transformed online before {readers}{_cost(new)}")
+
+
+def rotate_query_key(site: QueryKey, block_size: int, rewriter: Rewriter) -> None:
+    """Transform queries and keys alike."""
+    size = int(site.query.meta["val"].shape[-1])
+    block, small, reason = _fitting(size, block_size)
+    if not reason and operator(site.node) != "scaled_dot_product_attention":
+        reason = _untransposed(site)
+    if reason:
+        rewriter.decline(site.node, reason)
+        return
+    query = _hadamard(site.query, small, block, site.node, rewriter)
+    if operator(site.node) == "scaled_dot_product_attention":
+        key = _hadamard(site.key, small, block, site.node, rewriter)
+    else:
+        source, dims = _moved(site.key)
+        key = _hadamard(source, small, block, site.node, rewriter)
+        key = rewriter.insert(torch.ops.aten.permute.default, key, dims, before=site.node)
+    rewriter.redirect(site.node, site.query, query)
+    rewriter.redirect(site.node, site.key, key)
+    rewriter.touch(site.node, f"queries and keys transformed online{_cost(query)} each")
+
+
+def _moved(key: fx.Node) -> tuple[fx.Node, list[int]]:
+    """Return what a transposed key is a permutation of, with the permutation."""
+    source, dims = key, list(range(key.meta["val"].dim()))
+    while (found := permutation(source)) is not None:
+        source, dims = found[0], [found[1][dim] for dim in dims]
+    return source, dims
+
+
+def _untransposed(site: QueryKey) -> str:
+    source, dims = _moved(site.key)
+    rank = len(dims)
+    last = rank - 2 if operator(site.node) in ("matmul", "bmm") else rank - 1
+    if source.meta["val"].dim() != rank or dims[last] != rank - 1:
+        return f"{site.key.name} does not hold the coordinates of a key along the last axis of {source.name}"
+    return ""
+
+
+def _fitting(size: int, block_size: int) -> tuple[int, torch.Tensor | None, str]:
+    """Return the block and small matrix of the transform of an axis, or why there is none."""
+    if block_size and size % block_size:
+        return 0, None, f"blocks of {block_size} do not divide its {size} coordinates"
+    _order, rest = factors(block_size or size)
+    small = orthogonal(rest, 0, "orthogonal") if rest > 1 else None
+    return block_size, small, ""
+
+
+def _hadamard(
+    x: fx.Node, small: torch.Tensor | None, block: int, before: fx.Node, rewriter: Rewriter
+) -> fx.Node:
+    target = torch.ops.graphopt.hadamard.default
+    factor = None
+    if small is not None:
+        dtype, name = x.meta["val"].dtype, f"hadamard_{len(small)}"
+        first, key = next(iter(rewriter.graph.nodes)), f"{name} {dtype}"  # all sites share it
+        factor = rewriter.once(first, key, lambda: rewriter.weight(small, name, dtype, parameter=False))
+    return rewriter.insert(target, x, factor, None, block, False, before=before)
+
+
+def _cost(node: fx.Node) -> str:
+    return f" ({node_macs(node):,} MACs)"

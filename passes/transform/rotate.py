@@ -1,0 +1,137 @@
+"""Rotate activation spaces, so that no few of their coordinates hold large values.
+
+    writers(W)  ->  T W          readers(W)  ->  W Tᵀ          T Tᵀ = I, for every weight whose axis lies in the space
+
+Where no weight can take the rotation, because a nonlinearity or a rotary embedding stands before, it is done online:
+
+    reader(W, x)  ->  reader(W Qᵀ, x Q)          q kᵀ  ->  (q Q)(k Q)ᵀ          Q: a Hadamard transform
+
+The spaces are those that the analysis finds free under the symmetry `orthogonal`. Norms keep the length of a vector
+only: the affine of a norm is folded before and its mean subtraction moved into the writers. A norm whose output is
+itself added to the space (post-norm, sandwich norm) pins it, unless one linear is put behind it (`explicit`).
+
+Exact. Runs before anything that quantizes. Sources: "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", "SpinQuant:
+LLM Quantization with Learned Rotations" (whose R1 to R4 these are).
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import NonNegativeInt
+from torch import Tensor
+
+from graphopt.analysis.spaces import Space, Symmetry, analyze
+from graphopt.errors import GraphoptError
+from graphopt.ir import Changes, Program, Rewriter
+from graphopt.ir.hadamard import orthogonal
+from graphopt.passes.fold.center_norms import center_norms
+from graphopt.passes.fold.norm_affine import fold_norm_affine
+from graphopt.passes.transform.explicit_writers import put_linears_behind_norms
+from graphopt.passes.transform.online_rotation import hidden_sites, query_key_sites, rotate_hidden, rotate_query_key
+from graphopt.passes.transform.reparameterize import Reparameterization
+from graphopt.pipeline import Context, Pass
+
+_ORTHOGONALITY = 1e-6  # of a matrix from a file, which may be stored in float32
+
+
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Rotate the residual stream and the values of attention; online also queries, keys and hidden activations.
+
+    Attributes:
+        kind: "hadamard": a Hadamard matrix with random signs, Kronecker a small orthogonal one where no order fits;
+            "orthogonal": uniform over all orthogonal matrices.
+        residual: rotate spaces that norms read (R1).
+        values: rotate spaces inside of branches: value and output projections per key/value head (R2).
+        queries_keys: transform queries and keys online, after their rotary embedding (R3).
+        hidden: transform the inputs of down-projections online (R4).
+        block_size: rotate blocks of so many coordinates apart; 0: the whole space.
+        file: path of a .npy file with an orthogonal matrix Q [n, n], by which spaces of n coordinates that norms read
+            are rotated, x -> x Q.
+        explicit: where a norm writes a residual, put one linear behind it, which carries the rotation at run time.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_norm_affine", "center_norms")
+
+    kind: Literal["hadamard", "orthogonal"] = "hadamard"
+    residual: bool = True
+    values: bool = True
+    queries_keys: bool = False
+    hidden: bool = False
+    block_size: NonNegativeInt = 0
+    file: str = ""
+    explicit: bool = False
+
+    def run(self, program: Program, context: Context) -> Changes:
+        given = _matrix(self.file) if self.file else None
+        rewriter = Rewriter(program, self.name)
+        if self.explicit:
+            put_linears_behind_norms(rewriter)
+            rewriter.sweep()
+            fold_norm_affine(rewriter)
+            center_norms(rewriter)
+            rewriter.sweep()
+        analysis = analyze(program)
+        spaces = analysis.under(Symmetry.ORTHOGONAL)
+        edits = Reparameterization(rewriter)
+        for space in spaces:
+            if not self._wants(space):
+                continue
+            if space.free:
+                edits.apply(space, self._change(space, given, context.seed))
+                rewriter.touch(space.members[0].weight, f"rotated {space.name} ({space.size}), {_extent(space)}")
+            elif space.norms:
+                why = "; ".join(str(pin) for pin in space.pins[:2])
+                rewriter.decline(space.members[0].weight, f"{space.name} ({space.size}) cannot be rotated: {why}")
+        scored = query_key_sites(spaces) if self.queries_keys else []
+        hidden = hidden_sites(spaces) if self.hidden else []
+        edits.commit()
+        for pair in scored:
+            rotate_query_key(pair, self.block_size, rewriter)
+        for site in hidden:
+            rotate_hidden(site, self.block_size, rewriter)
+        return rewriter.finish()
+
+    def _wants(self, space: Space) -> bool:
+        return self.residual if space.norms else self.values
+
+    def _change(self, space: Space, given: Tensor | None, seed: int) -> Tensor:
+        """Return T [*fibres, n, n]: of spaces with fibres, one rotation for each."""
+        if given is not None and space.norms and given.shape[0] == space.size:
+            return given.mT
+        if self.block_size and space.size % self.block_size:
+            raise GraphoptError(
+                f"rotate.block_size={self.block_size} does not divide the {space.size} coordinates of {space.name}"
+            )
+        start = zlib.crc32(space.name.encode()) + seed
+        count = torch.Size(space.fibres).numel()
+        each = [orthogonal(space.size, start + index, self.kind, self.block_size).mT for index in range(count)]
+        return torch.stack(each).reshape(space.shape)
+
+
+def _extent(space: Space) -> str:
+    weights = len({member.weight for member in space.members})
+    what = f"{weights} weights"
+    return f"{what}, {' x '.join(str(size) for size in space.fibres)} rotations" if space.fibres else what
+
+
+def _matrix(path: str) -> Tensor:
+    """Read an orthogonal matrix; GraphoptError where the file holds none."""
+    try:
+        found = np.load(Path(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise GraphoptError(f"rotate.file={path!r} cannot be read: {error}") from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or found.ndim != 2 or len(set(found.shape)) > 1:
+        raise GraphoptError(f"rotate.file={path!r} holds no square matrix of floats")
+    matrix = torch.from_numpy(found.astype(np.float64))
+    if not torch.allclose(matrix @ matrix.mT, torch.eye(len(matrix), dtype=torch.float64), atol=_ORTHOGONALITY):
+        raise GraphoptError(f"rotate.file={path!r} holds a matrix Q that is not orthogonal: Q Qᵀ is not the identity")
+    # A matrix rounded to float32 is brought back to the next orthogonal one, or the pass would not be exact.
+    left, _, right = torch.linalg.svd(matrix)
+    return torch.mm(left, right)

@@ -1,0 +1,61 @@
+"""What calibration data says of the activations that contractions read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from graphopt.analysis.numerics import Summary
+from graphopt.analysis.spaces import Read
+from graphopt.calibration import Channels, observe
+from graphopt.ir import Program
+from graphopt.pipeline import Context
+
+Key = tuple[fx.Node, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Largest magnitudes and some vectors of each activation, over the dimensions on which a space lies."""
+
+    _channels: dict[Key, Channels]
+
+    def of(self, read: Read) -> Channels:
+        """Return the statistics of what an operator reads; KeyError where it was not asked for."""
+        return self._channels[read.source, read.dims]
+
+    def numbers(self, read: Read, change: Callable[[Tensor], Tensor] | None, bits: int) -> dict[str, object]:
+        """Return the summary of an activation's vectors before and after a change, as plain data."""
+        rows = self.of(read).rows.flatten(1).double()
+        after = rows if change is None else change(self.of(read).rows.double()).flatten(1)
+        return {"before": Summary.of(rows, bits).plain, "after": Summary.of(after, bits).plain}
+
+
+def observe_reads(program: Program, reads: Iterable[Read], context: Context) -> Statistics:
+    """Run the calibration batches once and return the statistics of every activation that is read.
+
+    Raises GraphoptError where there is no calibration data, or it does not run.
+    """
+    channels: dict[Key, Channels] = {}
+    for read in reads:
+        if read.dims:
+            channels.setdefault((read.source, read.dims), Channels(read.dims))
+    observers: dict[fx.Node, _Several] = {}
+    for (node, _), each in channels.items():
+        observers.setdefault(node, _Several([])).all.append(each)
+    if observers:
+        observe(program, observers, context.needed_calibration("this pass"), context.progress)
+    return Statistics(channels)
+
+
+@dataclass(eq=False)
+class _Several:
+    """Shows a value to several observers."""
+
+    all: list[Channels]
+
+    def update(self, values: Tensor, name: str) -> None:
+        for each in self.all:
+            each.update(values, name)
