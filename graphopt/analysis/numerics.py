@@ -88,14 +88,18 @@ def qsur(x: Tensor) -> float:
     if count < 2 or not bool(rows.abs().sum() > 0):
         return 0.0
     mean = rows.mean(0)
-    covariance = (rows - mean).mT @ (rows - mean) / count
-    floor = covariance.diagonal().mean() * _RIDGE
+    centered = (rows - mean) / math.sqrt(count)
+    variances = centered.square().sum(0)
+    floor = float(variances.mean()) * _RIDGE
     if not floor > 0:
         return 0.0
-    covariance = covariance + floor * torch.eye(size, dtype=torch.float64)
+    # |εI + XᵀX| = |εI + XXᵀ| but for one ε for each further dimension: the smaller of the two will do.
+    gram = centered.mT @ centered if count > size else centered @ centered.mT
+    rest = max(size - count, 0)
+    determinant = torch.linalg.slogdet(gram + floor * torch.eye(len(gram), dtype=torch.float64)).logabsdet
     radius = math.sqrt(size)
     # log V(unit ball) / n, by the gamma function, which itself would overflow.
     ball = 0.5 * math.log(math.pi) - math.lgamma(size / 2 + 1) / size
-    ellipsoid = ball + math.log(radius) + float(torch.linalg.slogdet(covariance).logabsdet) / (2 * size)
-    half = (mean.abs() + radius * covariance.diagonal().sqrt()).max()
+    ellipsoid = ball + math.log(radius) + (float(determinant) + rest * math.log(floor)) / (2 * size)
+    half = (mean.abs() + radius * (variances + floor).sqrt()).max()
     return math.exp(ellipsoid - math.log(2 * float(half)))

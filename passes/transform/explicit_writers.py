@@ -12,32 +12,57 @@ import torch
 from torch import fx
 
 from graphopt.analysis.spaces import Symmetry, analyze
-from graphopt.ir import Rewriter, operator
+from graphopt.ir import Program, Rewriter, arguments, operator
 from graphopt.ir.rewriter import module_path
 from graphopt.passes.fold.affine import is_linear_operator
+from graphopt.passes.fold.center_norms import center_norms
+from graphopt.passes.fold.norm_affine import fold_norm_affine
 
 aten = torch.ops.aten
 _MOVES = {"reshape", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze", "clone", "expand", "_to_copy"}
 
 
 def put_linears_behind_norms(rewriter: Rewriter) -> None:
-    """Give every norm whose output enters a space that norms read an identity linear for what is no linear itself.
+    """Give norms that write a residual an identity linear for what is no linear itself, and fold and center all norms.
 
-    How many multiply-accumulates a token that takes goes into the trace.
+    Only where the residual can be rotated then, which is tried on a copy. How many multiply-accumulates a token that
+    takes goes into the trace.
     """
-    found: dict[fx.Node, None] = {}
-    for space in analyze(rewriter.program).under(Symmetry.ORTHOGONAL):
-        if space.norms:
-            found |= dict.fromkeys(space.norms_before)
-    macs = [_put_linear(norm, rewriter) for norm in found]
-    rewriter.note(explicit_linears=sum(each > 0 for each in macs), explicit_macs_per_token=sum(macs))
+    found = _writing_norms(rewriter.program)
+    trial = Rewriter(rewriter.program.clone(), rewriter.author)
+    nodes = {node.name: node for node in trial.graph.nodes}
+    tried = {norm: _put_linear(nodes[norm.name], trial) for norm in found}
+    _fold_and_center(trial)
+    rotatable = {member.node for space in analyze(trial.program).under(Symmetry.ORTHOGONAL)
+                 if space.free and space.norms for member in space.members if member.axis == 0}  # fmt: skip
+    put = []
+    for norm, linear in tried.items():
+        if linear is not None and arguments(linear)["weight"] in rotatable:
+            put.append(_put_linear(norm, rewriter))
+    if put:
+        _fold_and_center(rewriter)
+        sizes = [int(linear.meta["val"].shape[-1]) ** 2 for linear in put if linear is not None]
+        rewriter.note(explicit_linears=len(put), explicit_macs_per_token=sum(sizes))
 
 
-def _put_linear(norm: fx.Node, rewriter: Rewriter) -> int:
-    """Return the multiply-accumulates that the linear takes for each token; 0 where none is needed."""
+def _writing_norms(program: Program) -> list[fx.Node]:
+    """Return the norms whose output enters a space that norms read."""
+    spaces = [space for space in analyze(program).under(Symmetry.ORTHOGONAL) if space.norms]
+    return list(dict.fromkeys(norm for space in spaces for norm in space.norms_before))
+
+
+def _fold_and_center(rewriter: Rewriter) -> None:
+    rewriter.sweep()
+    fold_norm_affine(rewriter)
+    center_norms(rewriter)
+    rewriter.sweep()
+
+
+def _put_linear(norm: fx.Node, rewriter: Rewriter) -> fx.Node | None:
+    """Return the linear; None where none is needed."""
     readers = [user for user in norm.users if not _is_read_by_linears(user)]
     if not readers:
-        return 0
+        return None
     value = norm.meta["val"]
     size = int(value.shape[-1])
     base = f"{module_path(norm) or norm.name}.rotation"
@@ -46,7 +71,7 @@ def _put_linear(norm: fx.Node, rewriter: Rewriter) -> int:
     for reader in readers:
         rewriter.redirect(reader, norm, linear)
     rewriter.touch(norm, f"writes the residual: now a linear [{size}, {size}] does, {size * size:,} MACs a token")
-    return size * size
+    return linear
 
 
 def _is_read_by_linears(reader: fx.Node) -> bool:

@@ -19,20 +19,21 @@ from graphopt.analysis import node_macs
 from graphopt.analysis.spaces import Read, Space
 from graphopt.analysis.spaces.flow import RULES
 from graphopt.analysis.spaces.rules import pointwise
-from graphopt.ir import Rewriter, arguments, operator
+from graphopt.ir import Program, Rewriter, arguments, operator
 from graphopt.ir.hadamard import factors, matrix_of, orthogonal
 from graphopt.passes.canonicalize.operators import permutation
 
 _KEEPS_SCORES = {"mul", "div", "add", "sub", "where", "masked_fill", "reshape", "_to_copy", "clamp", "neg", "expand"}
+_PRODUCTS = {"matmul", "bmm"}
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """An activation that a nonlinearity wrote, and the linears that read it."""
+    """An activation that a nonlinearity wrote, and where linears read it."""
 
     source: fx.Node
-    readers: tuple[fx.Node, ...]
+    reads: tuple[Read, ...]
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,35 @@ class QueryKey:
 
 def hidden_sites(spaces: Iterable[Space]) -> list[Hidden]:
     """Return the activations of pinned spaces that an elementwise operator computes and linears read."""
-    found: dict[fx.Node, dict[fx.Node, None]] = {}
+    found: dict[fx.Node, dict[fx.Node, Read]] = {}
     for space in spaces:
         for read in () if space.free or space.norms else space.reads:
             if operator(read.node) == "linear" and read.partner.op == "get_attr" and _is_pointwise(read.source):
-                found.setdefault(read.source, {})[read.node] = None
-    return [Hidden(source, tuple(readers)) for source, readers in found.items()]
+                found.setdefault(read.source, {}).setdefault(read.node, read)
+    return [Hidden(source, tuple(reads.values())) for source, reads in found.items()]
 
 
 def _is_pointwise(node: fx.Node) -> bool:
     return getattr(RULES.get(operator(node)), "__module__", "") == pointwise.__name__
 
 
-def query_key_sites(spaces: Iterable[Space]) -> list[QueryKey]:
-    """Return the products of two activations over a pinned space that a softmax reads."""
-    found: dict[fx.Node, list[Read]] = {}
-    for space in spaces:
-        for read in () if space.free else space.reads:
-            if read.partner.op != "get_attr" and _is_scored(read):
-                found.setdefault(read.node, []).append(read)
-    return [QueryKey(node, *(read.source for read in reads)) for node, reads in found.items() if len(reads) == 2]
+def query_key_sites(program: Program, spaces: Iterable[Space]) -> list[QueryKey]:
+    """Return the products of two activations that a softmax reads, save those whose space weights can rotate."""
+    free = {read.node for space in spaces if space.free for read in space.reads}
+    found = []
+    for node in program.graph.nodes:
+        named = arguments(node) if node not in free else {}
+        if operator(node) == "scaled_dot_product_attention" and named:
+            found.append(QueryKey(node, named["query"], named["key"]))
+        elif operator(node) in _PRODUCTS and named and _is_scored(node):
+            query, key, *_ = named.values()
+            if "get_attr" not in (query.op, key.op):
+                found.append(QueryKey(node, query, key))
+    return found
 
 
-def _is_scored(read: Read) -> bool:
-    if operator(read.node) == "scaled_dot_product_attention":
-        return True
-    pending, seen = list(read.node.users), set()
+def _is_scored(product: fx.Node) -> bool:
+    pending, seen = list(product.users), set()
     while pending:
         node = pending.pop()
         if operator(node) in _SOFTMAX:
@@ -82,6 +86,13 @@ def _is_scored(read: Read) -> bool:
     return False
 
 
+def hidden_rotation(site: Hidden, block_size: int) -> torch.Tensor:
+    """Return Q [n, n] by which an activation is multiplied; the identity where the blocks do not divide n."""
+    size = int(site.source.meta["val"].shape[-1])
+    block, small, reason = _fitting(size, block_size)
+    return torch.eye(size, dtype=torch.float64) if reason else matrix_of(size, small, None, block)
+
+
 def rotate_hidden(site: Hidden, block_size: int, rewriter: Rewriter) -> None:
     """Transform the activation and give each reader the transformed weight."""
     size = int(site.source.meta["val"].shape[-1])
@@ -89,14 +100,14 @@ def rotate_hidden(site: Hidden, block_size: int, rewriter: Rewriter) -> None:
     if reason:
         rewriter.decline(site.source, reason)
         return
-    after = min(site.readers)
-    new = _hadamard(site.source, small, block, after, rewriter)
+    readers = [read.node for read in site.reads]
+    new = _hadamard(site.source, small, block, min(readers), rewriter)
     matrix = matrix_of(size, small, None, block)
-    for reader in site.readers:
+    for reader in readers:
         weight = arguments(reader)["weight"]
         rewriter.rewire(reader, input=new, weight=rewriter.edit(weight, "hadamard", lambda value: value @ matrix))
-    readers = ", ".join(node.name for node in site.readers)
-    rewriter.touch(site.source, f"transformed online before {readers}{_cost(new)}")
+    names = ", ".join(node.name for node in readers)
+    rewriter.touch(site.source, f"transformed online before {names}{_cost(new)}")
 
 
 def rotate_query_key(site: QueryKey, block_size: int, rewriter: Rewriter) -> None:
@@ -131,8 +142,7 @@ def _moved(key: fx.Node) -> tuple[fx.Node, list[int]]:
 def _untransposed(site: QueryKey) -> str:
     source, dims = _moved(site.key)
     rank = len(dims)
-    last = rank - 2 if operator(site.node) in ("matmul", "bmm") else rank - 1
-    if source.meta["val"].dim() != rank or dims[last] != rank - 1:
+    if source.meta["val"].dim() != rank or dims[rank - 2] != rank - 1:
         return f"{site.key.name} does not hold the coordinates of a key along the last axis of {source.name}"
     return ""
 

@@ -16,25 +16,33 @@ LLM Quantization with Learned Rotations" (whose R1 to R4 these are).
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from graphopt.analysis.spaces import Space, Symmetry, analyze
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter
 from graphopt.ir.hadamard import orthogonal
-from graphopt.passes.fold.center_norms import center_norms
-from graphopt.passes.fold.norm_affine import fold_norm_affine
 from graphopt.passes.transform.explicit_writers import put_linears_behind_norms
-from graphopt.passes.transform.online_rotation import hidden_sites, query_key_sites, rotate_hidden, rotate_query_key
+from graphopt.passes.transform.online_rotation import (
+    Hidden,
+    hidden_rotation,
+    hidden_sites,
+    query_key_sites,
+    rotate_hidden,
+    rotate_query_key,
+)
 from graphopt.passes.transform.reparameterize import Reparameterization
+from graphopt.passes.transform.site_statistics import is_linear_read, observe_reads
 from graphopt.pipeline import Context, Pass
 
 _ORTHOGONALITY = 1e-6  # of a matrix from a file, which may be stored in float32
@@ -55,6 +63,8 @@ class Rotate(Pass):
         file: path of a .npy file with an orthogonal matrix Q [n, n], by which spaces of n coordinates that norms read
             are rotated, x -> x Q.
         explicit: where a norm writes a residual, put one linear behind it, which carries the rotation at run time.
+        activation_bits: at which the trace tells the quantization error of what was rotated, where calibration data is
+            given.
     """
 
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_norm_affine", "center_norms")
@@ -67,36 +77,55 @@ class Rotate(Pass):
     block_size: NonNegativeInt = 0
     file: str = ""
     explicit: bool = False
+    activation_bits: Annotated[int, Field(ge=2, le=16)] = 4
 
     def run(self, program: Program, context: Context) -> Changes:
         given = _matrix(self.file) if self.file else None
         rewriter = Rewriter(program, self.name)
         if self.explicit:
             put_linears_behind_norms(rewriter)
-            rewriter.sweep()
-            fold_norm_affine(rewriter)
-            center_norms(rewriter)
-            rewriter.sweep()
-        analysis = analyze(program)
-        spaces = analysis.under(Symmetry.ORTHOGONAL)
-        edits = Reparameterization(rewriter)
-        for space in spaces:
-            if not self._wants(space):
-                continue
+        spaces = analyze(program).under(Symmetry.ORTHOGONAL)
+        changes = {}
+        for space in filter(self._wants, spaces):
             if space.free:
-                edits.apply(space, self._change(space, given, context.seed))
-                rewriter.touch(space.members[0].weight, f"rotated {space.name} ({space.size}), {_extent(space)}")
+                changes[space.name] = space, self._change(space, given, context.seed)
             elif space.norms:
                 why = "; ".join(str(pin) for pin in space.pins[:2])
                 rewriter.decline(space.members[0].weight, f"{space.name} ({space.size}) cannot be rotated: {why}")
-        scored = query_key_sites(spaces) if self.queries_keys else []
+        scored = query_key_sites(program, spaces) if self.queries_keys else []
         hidden = hidden_sites(spaces) if self.hidden else []
+        if context.calibration is not None:
+            rewriter.note(sites=self._numbers(changes.values(), hidden, program, context))
+        edits = Reparameterization(rewriter)
+        for space, change in changes.values():
+            edits.apply(space, change)
+            rewriter.touch(space.members[0].weight, f"rotated {space.name} ({space.size}), {_extent(space)}")
         edits.commit()
         for pair in scored:
             rotate_query_key(pair, self.block_size, rewriter)
         for site in hidden:
             rotate_hidden(site, self.block_size, rewriter)
         return rewriter.finish()
+
+    def _numbers(
+        self,
+        changes: Collection[tuple[Space, Tensor]],
+        hidden: list[Hidden],
+        program: Program,
+        context: Context,
+    ) -> dict[str, dict[str, object]]:
+        """Return for each linear that reads a rotated activation how hard that is to quantize before and after."""
+        rotated = [(space, read, change) for space, change in changes for read in filter(is_linear_read, space.reads)]
+        online = [(site, read) for site in hidden for read in site.reads]
+        statistics = observe_reads(program, [*(read for _, read, _ in rotated), *(read for _, read in online)], context)
+        found = {}
+        for space, read, change in rotated:
+            after = functools.partial(space.transform_read, read, change=change)
+            found[read.node.name] = statistics.numbers(read, after, self.activation_bits)
+        for site, read in online:
+            after = functools.partial(torch.matmul, other=hidden_rotation(site, self.block_size))
+            found[read.node.name] = statistics.numbers(read, after, self.activation_bits)
+        return found
 
     def _wants(self, space: Space) -> bool:
         return self.residual if space.norms else self.values

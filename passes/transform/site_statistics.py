@@ -10,10 +10,16 @@ from torch import Tensor, fx
 from graphopt.analysis.numerics import Summary
 from graphopt.analysis.spaces import Read
 from graphopt.calibration import Channels, observe
-from graphopt.ir import Program
+from graphopt.ir import Program, operator
 from graphopt.pipeline import Context
 
 Key = tuple[fx.Node, tuple[int, ...]]
+
+
+def is_linear_read(read: Read) -> bool:
+    """True where a linear layer multiplies the last axis of the activation by its weight."""
+    rank = read.source.meta["val"].dim()
+    return operator(read.node) == "linear" and read.partner.op == "get_attr" and read.dims == (rank - 1,)
 
 
 @dataclass(frozen=True)

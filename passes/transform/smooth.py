@@ -26,7 +26,7 @@ from graphopt.analysis.spaces import Read, Space, Symmetry, analyze
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.transform.emulation import output_error, quantized_rows
 from graphopt.passes.transform.reparameterize import Reparameterization
-from graphopt.passes.transform.site_statistics import Statistics, observe_reads
+from graphopt.passes.transform.site_statistics import Statistics, is_linear_read, observe_reads
 from graphopt.pipeline import Context, Pass
 
 _GRID = [step / 10 for step in range(11)]
@@ -142,7 +142,7 @@ class Smooth(Pass):
         return [best] * len(places)
 
     def _best_for(self, place: Place, program: Program, statistics: Statistics) -> float | None:
-        reads = [read for read in place.reads if _is_linear(read)]
+        reads = [read for read in place.reads if is_linear_read(read)]
         if not reads:
             return self.alpha
 
@@ -190,17 +190,12 @@ class Smooth(Pass):
         rewriter.touch(read.node, f"{source.name} is multiplied at run time ({len(scale)} multiplications a token)")
 
 
-def _is_linear(read: Read) -> bool:
-    rank = read.source.meta["val"].dim()
-    return operator(read.node) == "linear" and read.partner.op == "get_attr" and read.dims == (rank - 1,)
-
-
 def _pinned_reads(spaces: Iterable[Space]) -> dict[Read, str]:
     """Return one read by a linear for each activation that nothing can scale, with the reason."""
     found: dict[fx.Node, tuple[Read, str]] = {}
     for space in spaces:
         if not space.free:
-            for read in filter(_is_linear, space.reads):
+            for read in filter(is_linear_read, space.reads):
                 found.setdefault(read.source, (read, str(space.pins[0])))
     return dict(found.values())
 
@@ -246,7 +241,7 @@ def _numbers(
     """Return for each linear that reads a smoothed activation what quantization thinks of it before and after."""
     found: dict[str, dict[str, object]] = {}
     for place, alpha in zip(places, chosen, strict=True):
-        for read in filter(_is_linear, place.reads):
+        for read in filter(is_linear_read, place.reads):
             change: Callable[[Tensor], Tensor] | None = None
             if alpha is not None:
                 factors = place.factors(read, place.change(alpha))

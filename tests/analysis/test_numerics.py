@@ -47,6 +47,14 @@ def test_qsur_of_a_ball_and_of_an_ellipsoid() -> None:
     assert qsur(stretched) == pytest.approx((math.pi / 6 / 100) ** (1 / 3), rel=2e-2)
 
 
+def test_qsur_of_few_rows_is_that_of_the_whole_covariance() -> None:
+    """Fewer rows than coordinates take another way to the determinant: both agree where their numbers meet."""
+    rows = ROWS[:20, :16]
+    wide = torch.cat((rows, torch.zeros(20, 16)), 1)  # 20 rows of 32: by the Gram matrix of rows
+    doubled = torch.cat((wide, wide))  # 40 rows with the same covariance
+    assert qsur(wide) == pytest.approx(qsur(doubled), rel=1e-9)
+
+
 def test_a_rotation_that_spreads_an_outlier_improves_every_figure() -> None:
     x = ROWS.clone()
     x[:, 3] *= 40

@@ -165,8 +165,8 @@ class Relation:
         self._tie(a, out, False)
 
     def reasons(self, slot: Slot) -> list[Reason]:
-        """Return why a slot is pinned; empty where it is free."""
-        return list(self._reasons.get(self.find(slot)[0], ()))
+        """Return why a slot is pinned, what no pass lifts first; empty where it is free."""
+        return sorted(self._reasons.get(self.find(slot)[0], ()), key=lambda reason: ": " in reason.text)
 
 
 def cells(axes: Iterable[Axis]) -> list[list[Slot]]:

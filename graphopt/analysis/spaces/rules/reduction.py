@@ -111,12 +111,13 @@ def norm(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     for axis, made in zip(inner, out, strict=True):
         flow.tie(axis, made, 0)
     kind = "an RMS norm" if rms else "a layer norm"
-    what = "with a weight: fold that into its readers" if rms else "which centers: center its writers"
-    flow.pin_all(inner, f"is {kind} {what}", LINEAR & ~CENTER if not rms else LINEAR)
-    why = f"is what {kind} {'with a weight ' if not bare else ''}writes"
-    flow.pin_all(out, why, LINEAR & ~SCALES)
+    affine = named["weight"] if isinstance(named.get("weight"), fx.Node) else named.get("bias")
+    whose = f" with an affine ({affine.target})" if isinstance(affine, fx.Node) else ""
+    needs = "fold that into its readers" if rms else "center its writers"
+    flow.pin_all(inner, f"is {kind}{whose}: {needs}", LINEAR & ~CENTER if not rms else LINEAR)
+    flow.pin_all(out, f"writes it, {kind}{whose}", LINEAR & ~SCALES)
     if not _affine(flow, named, [*axes[:first], *out], first):
-        flow.pin_all(out, f"is what {kind} without a weight writes", SCALES)
+        flow.pin_all(out, f"writes it, {kind} without a weight", SCALES)
     if len(inner) == 1:
         flow.norm(inner[0], out[0], centers=not rms)
     elif not rms:
@@ -159,6 +160,18 @@ def group_norm(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
         flow.pin(out, "is what a group norm without a weight writes", SCALES)
     flow.mix([parts[1], *axes[2:]], [axes[0], parts[0]])
     return [axes[0], out, *axes[2:]]
+
+
+@rule("graphopt.hadamard")
+def hadamard(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
+    """x Q along the last axis: the others ride along and pass every linear change."""
+    *riding, last = flow.of(named["x"])
+    reason = "is transformed by a fixed matrix"
+    flow.pin(last, reason)
+    for factor in (named["small"], named["signs"]):
+        flow.pin_all(flow.of(factor), reason)
+    flow.mix([last], riding)
+    return [*riding, flow.pinned(shape_of(node)[-1], reason)]
 
 
 def _spatial(flow: Flow, node: fx.Node, axes: Axes, count: int, reason: str) -> Axes:
