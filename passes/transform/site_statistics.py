@@ -32,11 +32,11 @@ class Statistics:
         """Return the statistics of what an operator reads; KeyError where it was not asked for."""
         return self._channels[read.source, read.dims]
 
-    def numbers(self, read: Read, change: Callable[[Tensor], Tensor] | None, bits: int) -> dict[str, object]:
+    def numbers(self, read: Read, change: Callable[[Tensor], Tensor], bits: int) -> dict[str, object]:
         """Return the summary of an activation's vectors before and after a change, as plain data."""
-        rows = self.of(read).rows.flatten(1).double()
-        after = rows if change is None else change(self.of(read).rows.double()).flatten(1)
-        return {"before": Summary.of(rows, bits).plain, "after": Summary.of(after, bits).plain}
+        rows = self.of(read).rows.double()
+        before, after = (Summary.of(each.flatten(1), bits).plain for each in (rows, change(rows)))
+        return {"before": before, "after": after}
 
 
 def observe_reads(program: Program, reads: Iterable[Read], context: Context) -> Statistics:

@@ -14,7 +14,7 @@ Compression and Acceleration" (an α for each place, by the error of what is com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -106,9 +106,8 @@ class Smooth(Pass):
             edits.apply(place.space, change)
             readers = ", ".join(dict.fromkeys(read.node.name for read in place.reads))
             rewriter.touch(place.reads[0].node, f"smoothed {place.space.name} before {readers}, α = {alpha}")
-        before = {place.reads[0]: place for place in places}
         rewriter.note(alphas={place.space.name: alpha for place, alpha in zip(places, chosen, strict=True)})
-        rewriter.note(sites=_numbers(before.values(), chosen, statistics, self.activation_bits))
+        rewriter.note(sites=_numbers(places, chosen, statistics, self.activation_bits))
         edits.commit()
         for read, reason in pinned.items():
             if self.explicit:
@@ -239,12 +238,14 @@ def _numbers(
     places: Iterable[Place], chosen: list[float | None], statistics: Statistics, bits: int
 ) -> dict[str, dict[str, object]]:
     """Return for each linear that reads a smoothed activation what quantization thinks of it before and after."""
-    found: dict[str, dict[str, object]] = {}
+    factors: dict[fx.Node, Tensor] = {}
+    reads: dict[fx.Node, Read] = {}
     for place, alpha in zip(places, chosen, strict=True):
+        if alpha is None:
+            continue
         for read in filter(is_linear_read, place.reads):
-            change: Callable[[Tensor], Tensor] | None = None
-            if alpha is not None:
-                factors = place.factors(read, place.change(alpha))
-                change = factors.mul
-            found[read.node.name] = statistics.numbers(read, change, bits)
-    return found
+            # Several spaces may lie side by side on one axis: each scales its own part of it.
+            scaled = place.factors(read, place.change(alpha))
+            factors[read.node] = factors[read.node] * scaled if read.node in factors else scaled
+            reads[read.node] = read
+    return {node.name: statistics.numbers(read, factors[node].mul, bits) for node, read in reads.items()}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from harness import CONTEXT, Example, apply, before, captured, check_means_the_same, four_tests, operators
+from small_decoder import Decoder, example_ids
 from torch import Tensor, nn
-from torch.nn import functional
 
 from graphopt.analysis import node_macs
 from graphopt.calibration import Batches
@@ -21,58 +21,18 @@ from graphopt.pipeline.validation import Validator
 
 PASS = Rotate()
 
-
-class Decoder(nn.Module):
-    """Tokens, one block of grouped attention and a gated MLP, a head.
-
-    Attributes:
-        post: whether a norm writes the residual after the attention.
-        spelled: whether attention is products and a softmax.
-    """
-
-    def __init__(self, width: int = 12, post: bool = False, spelled: bool = False, norm: type = nn.RMSNorm) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, width)
-        self.one, self.two, self.last = norm(width), norm(width), norm(width)
-        self.after = norm(width) if post else nn.Identity()
-        self.q, self.k, self.v = nn.Linear(width, 16), nn.Linear(width, 8), nn.Linear(width, 8)
-        self.o = nn.Linear(16, width)
-        self.gate, self.up, self.down = nn.Linear(width, 20), nn.Linear(width, 20), nn.Linear(20, width)
-        self.head = nn.Linear(width, 11)
-        self.spelled = spelled
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (-1, 4)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1])
-        cos, sin = (each(torch.cat((angle, angle), -1)) for each in (torch.cos, torch.sin))
-        q, k = (each * cos + torch.cat((-each[..., 2:], each[..., :2]), -1) * sin for each in (q, k))
-        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        if self.spelled:
-            y = (q @ k.mT / 2).softmax(-1) @ v
-        else:
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.o(y.transpose(1, 2).flatten(2))
-        return out
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids)
-        x = self.after(x + self.attend(self.one(x)))
-        y = self.two(x)
-        x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
-        z: Tensor = self.head(self.last(x))
-        return z
-
-
-def _ids() -> tuple[Tensor, ...]:
-    return (torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1)),)
-
-
-PRE = Example("pre_norm", Decoder, _ids, fires=2)
-POST = Example("post_norm", lambda: Decoder(post=True), _ids, fires=1, declines="writes it, an RMS norm with an affine (after")
+PRE = Example("pre_norm", Decoder, example_ids, fires=2)
+POST = Example(
+    "post_norm",
+    lambda: Decoder(post=True),
+    example_ids,
+    fires=1,
+    declines="writes it, an RMS norm with an affine (after",
+)
 EXAMPLES = [
     PRE,
     POST,
-    Example("layer_norm", lambda: Decoder(norm=nn.LayerNorm), _ids, fires=2),
+    Example("layer_norm", lambda: Decoder(norm=nn.LayerNorm), example_ids, fires=2),
     Example("nothing_to_rotate", lambda: nn.Sequential(nn.Linear(8, 4), nn.ReLU()), (2, 8), fires=0),
     Example(
         "linear_chain",
@@ -106,7 +66,7 @@ test_fires, test_declines, test_means_the_same, _ = four_tests(PASS, EXAMPLES)
 )
 @pytest.mark.parametrize("build", [Decoder, lambda: Decoder(post=True, spelled=True)], ids=["pre", "post"])
 def test_every_option_means_the_same(pass_: Rotate, build: type[Decoder]) -> None:
-    check_means_the_same(pass_, Example("option", build, _ids))
+    check_means_the_same(pass_, Example("option", build, example_ids))
 
 
 def test_a_second_rotation_is_a_rotation() -> None:
@@ -190,7 +150,7 @@ def test_online_transforms_are_inserted_and_their_cost_is_shown() -> None:
 
 
 def test_spelled_attention_is_transformed_before_the_transposition() -> None:
-    example = Example("spelled", lambda: Decoder(spelled=True), _ids)
+    example = Example("spelled", lambda: Decoder(spelled=True), example_ids)
     after, changes = apply(Rotate(queries_keys=True), before(example, PASS))
     assert operators(after).count("graphopt.hadamard") == 2
     check_means_the_same(Rotate(queries_keys=True), example)
@@ -215,9 +175,9 @@ def test_numbers_before_and_after_where_data_is_given() -> None:
     def planted(module: Decoder) -> None:
         module.table.weight[:, 3] *= 50
 
-    example = Example("outlier", lambda: Decoder(16), _ids, prepare=planted)
+    example = Example("outlier", lambda: Decoder(16), example_ids, prepare=planted)
     program = before(example, PASS)
-    context = Context(CONTEXT.target, calibration=Batches([_ids()], program))
+    context = Context(CONTEXT.target, calibration=Batches([example_ids()], program))
     with torch.no_grad():
         facts = Rotate(hidden=True).run(program.clone(), context).facts
     sites = facts["sites"]
