@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from graphopt.ir.abstract import abstract_value, fake_mode, fake_weight, refresh
 from graphopt.ir.arguments import operator, positional
 from graphopt.ir.program import Program, assign_weight, remove_weight
+from graphopt.ir.unrounded import Computed, Unrounded
 
 Made = TypeVar("Made")
 
@@ -54,7 +55,7 @@ class Changes:
     edits: list[Edit] = field(default_factory=list)
     touched: list[Site] = field(default_factory=list)
     skipped: list[Site] = field(default_factory=list)
-    unrounded: dict[str, Tensor] = field(default_factory=dict)
+    unrounded: Unrounded = field(default_factory=Unrounded)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -87,11 +88,17 @@ class Rewriter:
 
         The tensor is the caller's own: writing to it changes no weight.
         """
-        name = str(node.target)
-        if name in self.changes.unrounded:
-            return self.changes.unrounded[name].clone()
+        return self.reader(node)().clone()
+
+    def reader(self, node: fx.Node) -> Computed:
+        """Return a function that gives what `value` does, also when the node is gone; not to be written to."""
+        entry = self.changes.unrounded.entry(str(node.target))
+        if isinstance(entry, Tensor):
+            return lambda: entry
+        if entry is not None:
+            return entry
         tensor = self.program.weight(node).detach()
-        return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return lambda: tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
     def insert(
         self, target: Any, *args: Any, before: fx.Node, origin: Iterable[fx.Node] = (), **kwargs: Any
@@ -105,7 +112,7 @@ class Rewriter:
 
     def weight(
         self,
-        value: Tensor,
+        given: Tensor | Computed,
         name: str,
         dtype: torch.dtype,
         source: fx.Node | None = None,
@@ -114,7 +121,8 @@ class Rewriter:
         """Add a tensor and return the node that reads it.
 
         Args:
-            value: rounded to `dtype` once (floats that become integers are cut, so round codes before); copied.
+            given: a value, or a function that computes it, the same one each time, and is kept in the value's place;
+                rounded to `dtype` once (floats that become integers are cut, so round codes before); copied.
             name: dotted; made unique, and `conv.weight.scale` becomes `conv.weight_scale` where `conv.weight` is a
                 tensor.
             dtype: the type it is stored in.
@@ -122,6 +130,7 @@ class Rewriter:
             parameter: whether a floating tensor becomes a Parameter or a buffer; None: what its source is, or a
                 Parameter.
         """
+        value = given if isinstance(given, Tensor) else given()
         stored = value.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         if source is not None and not dtype.is_floating_point and (known := self._equal_codes(stored)) is not None:
             first = self._source.setdefault(str(known.target), str(source.target))
@@ -138,7 +147,8 @@ class Rewriter:
             node = self.graph.create_node("get_attr", unique, name=unique.replace(".", "_"))
         node.meta["val"] = fake_weight(self._mode, stored)
         if value.is_floating_point() and dtype.is_floating_point and value.dtype != dtype:
-            self.changes.unrounded[unique] = value.detach().to(torch.float64, copy=True)
+            wide = given.detach().to(torch.float64, copy=True) if isinstance(given, Tensor) else given
+            self.changes.unrounded.put(unique, wide)
         if source is not None:
             self._source[unique] = str(source.target)
         shape = list(stored.shape)
@@ -264,7 +274,7 @@ class Rewriter:
         for name in names:
             if name not in used:
                 remove_weight(root, name)
-                self.changes.unrounded.pop(name, None)
+                self.changes.unrounded.forget(name)
         for name, source in self._source.items():
             # A chain of edits in one pass leaves `w`, `w_1`, `w_2`: the survivor is called after the first.
             while source in self._source:
@@ -282,8 +292,7 @@ class Rewriter:
         assign_weight(self.program.graph_module, name, value)
         node.target = name
         node.name = self.graph._graph_namespace.create_name(name.replace(".", "_"), None)
-        if old in self.changes.unrounded:
-            self.changes.unrounded[name] = self.changes.unrounded.pop(old)
+        self.changes.unrounded.rename(old, name)
 
     def _first_call(self) -> fx.Node:
         first: fx.Node = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))

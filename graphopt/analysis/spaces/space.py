@@ -111,18 +111,19 @@ class Space:
 
         Raises ValueError where the space is pinned or the change has another shape.
         """
-        if self.pins:
-            raise ValueError(f"{self.name} cannot change: {self.pins[0]}")
-        change = self._checked(change)
-        changed: dict[str, Tensor] = {}
+        nodes = {str(member.node.target): member.node for member in self.members}
+        read = stored if value is None else value
+        return {name: self.changed(node, read(node), change) for name, node in nodes.items()}
+
+    def changed(self, node: fx.Node, value: Tensor, change: Tensor | None) -> Tensor:
+        """Return what a weight of the space becomes, in float64; arguments and errors are those of `transform`."""
+        change = self.checked(change)
+        after = value.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         for member in self.members:
-            name = str(member.node.target)
-            if name not in changed:
-                before = stored(member.node) if value is None else value(member.node)
-                changed[name] = before.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-            for view in blocks(changed[name], self._axes[member.node], member.slots, self._sibling_atoms):
-                view.copy_(apply(self.symmetry, change, view, member.dual))
-        return changed
+            if member.node is node:
+                for view in blocks(after, self._axes[node], member.slots, self._sibling_atoms):
+                    view.copy_(apply(self.symmetry, change, view, member.dual))
+        return after
 
     def gather(self, member: Member, value: Tensor | None = None) -> Tensor:
         """Return the elements of a member [rest, *fibres, size]: what stands at each coordinate, over all else.
@@ -142,7 +143,7 @@ class Space:
 
     def transform_read(self, read: Read, value: Tensor, change: Tensor | None) -> Tensor:
         """Return what an activation [..., *sizes of read.dims] becomes when the space changes, in float64."""
-        change = self._checked(change)
+        change = self.checked(change)
         after = value.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
         for view in blocks(after, read.axes, read.slots, self._sibling_atoms):
             view.copy_(apply(self.symmetry, change, view, read.dual))
@@ -151,7 +152,10 @@ class Space:
     def _stacked(self, views: Iterator[Tensor]) -> Tensor:
         return torch.cat([view.reshape(-1, *self.fibres, self.size) for view in views])
 
-    def _checked(self, change: Tensor | None) -> Tensor | None:
+    def checked(self, change: Tensor | None) -> Tensor | None:
+        """Return a change in the shape `shape`; ValueError where the space is pinned or it has another one."""
+        if self.pins:
+            raise ValueError(f"{self.name} cannot change: {self.pins[0]}")
         if change is None:
             return None
         shape = self.shape
