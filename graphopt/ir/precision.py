@@ -48,6 +48,7 @@ class Retyped(fx.Interpreter):
     ) -> None:
         twin = program.clone()
         _retype_calls(twin, dtype)
+        _read_late(twin.graph)
         super().__init__(twin.graph_module, garbage_collect_values=not keep)
         self._dtype, self._overrides = dtype, weights or {}
 
@@ -59,6 +60,13 @@ class Retyped(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = self._overrides.get(str(target))
         return retype_value(super().get_attr(target, args, kwargs) if value is None else value, self._dtype)
+
+
+def _read_late(graph: fx.Graph) -> None:
+    """Move the reading of each weight before its first reader; it usually stands where the graph begins."""
+    for node in graph.find_nodes(op="get_attr"):
+        if node.users:
+            min(node.users).prepend(node)
 
 
 def _retype_calls(twin: Program, dtype: torch.dtype) -> None:

@@ -7,12 +7,13 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import fx
 
 from graphopt.analysis.spaces import rules
-from graphopt.analysis.spaces.axes import Atom, Axis, Slot, leaves, parts_of, written
-from graphopt.analysis.spaces.flow import Flow, trace
+from graphopt.analysis.spaces.axes import Atom, Axis, Slot, leaves
+from graphopt.analysis.spaces.flow import Absorb, Contraction, Flow, trace
 from graphopt.analysis.spaces.relation import Demands, Relation, cells, spread
 from graphopt.analysis.spaces.space import Member, Read, Space
 from graphopt.analysis.spaces.symmetry import Symmetry
@@ -34,6 +35,7 @@ class Analysis:
     program: Program
     _flow: Flow = field(repr=False)
     _demands: Demands = field(repr=False)
+    _places: _Places = field(repr=False)
     _under: dict[Symmetry, tuple[Space, ...]] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
@@ -58,7 +60,7 @@ class Analysis:
         """Return the spaces of one symmetry, pinned ones included: axes that must undergo one and the same change."""
         symmetry = Symmetry(symmetry)
         if symmetry not in self._under:
-            self._under[symmetry] = tuple(_spaces(self._flow, self._demands, symmetry))
+            self._under[symmetry] = tuple(_spaces(self._flow, self._demands, self._places, symmetry))
         return self._under[symmetry]
 
     def __str__(self) -> str:
@@ -68,33 +70,109 @@ class Analysis:
 def analyze(program: Program) -> Analysis:
     """Find the spaces of a program. Linear in the number of nodes; an operator without a rule pins what it touches."""
     flow = trace(program)
-    return Analysis(program, flow, spread(flow))
+    return Analysis(program, flow, spread(flow), _places(flow))
 
 
 def _with(space: Space, symmetries: frozenset[str]) -> Space:
     return dataclasses.replace(space, symmetries=symmetries)
 
 
-def _spaces(flow: Flow, demands: Demands, symmetry: Symmetry) -> list[Space]:
+class _Places(NamedTuple):
+    """Leaf slots of all that relations ask about, which are the same for each of them.
+
+    Attributes:
+        weights: each axis of a weight that is floating, with its leaves. axes: all axes of these weights.
+        absorbs: the leaves of the vector, of what it multiplies and of the product.
+        norms: of what a norm normalizes. norms_out: of what it writes, where that is something else.
+        reads: of what an operator contracts; beside it all axes of that value, each with its slots and atoms.
+        cells: every combination of slots that stand side by side in some value, once. absorb_cells: those in which a
+            weight stands for the axes whose change it takes.
+        mixes: the atoms that an operator mixes, and the leaves that ride along.
+    """
+
+    weights: list[tuple[fx.Node, int, Axis, Axis]]
+    axes: dict[fx.Node, list[Axis]]
+    absorbs: list[tuple[Absorb, Axis, Axis, Axis]]
+    norms: list[tuple[Axis, fx.Node]]
+    norms_out: list[tuple[Axis, fx.Node]]
+    reads: list[tuple[Contraction, Axis, list[tuple[Axis, set[Slot | Atom]]]]]
+    cells: list[_Cell]
+    absorb_cells: list[tuple[int, _Cell]]
+    mixes: list[tuple[set[Atom], Axis]]
+
+
+class _Cell(NamedTuple):
+    """Slots side by side, and the atoms that a change of one of them may depend on: those that are there once."""
+
+    slots: list[Slot]
+    once: dict[Atom, None]
+
+
+def _cell(slots: list[Slot]) -> _Cell:
+    counts = Counter(slot.atom.root for slot in slots)
+    return _Cell(slots, {atom: None for atom, count in counts.items() if count == 1 and not atom.size[1]})
+
+
+def _places(flow: Flow) -> _Places:
+    weights, axes = [], {}
+    found: list[_Cell] = []
+    seen: set[tuple[int, ...]] = set()
+    for node, outputs in flow.axes.items():
+        if node.op == "get_attr" and node.meta["val"].is_floating_point() and not isinstance(outputs, tuple):
+            axes[node] = outputs
+            weights += [(node, dim, axis, leaves(axis)) for dim, axis in enumerate(outputs)]
+        for each in outputs if isinstance(outputs, tuple) else (outputs,):
+            key = tuple(id(slot) for axis in each for slot in axis)
+            if key not in seen:
+                seen.add(key)
+                found += map(_cell, cells(each))
+    known: dict[int, set[Slot | Atom]] = {}
+
+    def held(axis: Axis) -> set[Slot | Atom]:
+        if id(axis) not in known:
+            known[id(axis)] = {each for slot in leaves(axis) for each in (slot, slot.atom.root)}
+        return known[id(axis)]
+
+    beside = []
+    for absorb in flow.absorbs:
+        for axis in (absorb.x, absorb.out):
+            # The weight stands for the axes whose changes it takes: of these it has an index only for its own others.
+            around = list(flow.of(absorb.weight))
+            around[absorb.dim] = axis
+            beside += [(absorb.mask, _cell(cell)) for cell in cells(around)]
+    return _Places(
+        weights,
+        axes,
+        [(absorb, leaves(absorb.axis), leaves(absorb.x), leaves(absorb.out)) for absorb in flow.absorbs],
+        [(leaves(norm.x), norm.node) for norm in flow.norms],
+        [(leaves(norm.out), norm.node) for norm in flow.norms if norm.out is not norm.x],
+        [(read, leaves(read.axis), [(axis, held(axis)) for axis in flow.of(read.source)]) for read in flow.reads],
+        found,
+        beside,
+        [
+            ({slot.atom.root for axis in mixed for slot in leaves(axis)}, [s for axis in riding for s in leaves(axis)])
+            for mixed, riding in flow.mixes
+        ],
+    )
+
+
+def _spaces(flow: Flow, demands: Demands, places: _Places, symmetry: Symmetry) -> list[Space]:
     relation = Relation(symmetry, flow, demands)
     members: dict[Slot, list[Member]] = {}
-    axes: dict[fx.Node, list[Axis]] = {}
-    for node, outputs in flow.axes.items():
-        if node.op != "get_attr" or not node.meta["val"].is_floating_point() or isinstance(outputs, tuple):
-            continue
-        axes[node] = outputs
-        for dim, axis in enumerate(outputs):
-            _enter(members, relation, demands, node, dim, axis, leaves(axis))
-    for mask, node, dim, axis, x, out, _ in flow.absorbs:
-        if mask & symmetry.bit:
-            slots = leaves(axis)
-            _enter(members, relation, demands, node, dim, axis, slots, of=leaves(x), inverse=True)
-            _enter(members, relation, demands, node, dim, axis, slots, of=leaves(out))
-    siblings = _siblings(flow, relation, {root for root in members if not relation.reasons(root)})
-    norms = _at_roots(relation, ((leaves(norm.x), norm.node) for norm in flow.norms))
-    before = _at_roots(relation, ((leaves(norm.out), norm.node) for norm in flow.norms if norm.out is not norm.x))
-    reads = _reads(flow, relation, siblings)
-    names = {root.atom.root: _name(held) for root, held in reversed(members.items())}
+    for node, dim, axis, slots in places.weights:
+        _enter(members, relation, demands, node, dim, axis, slots)
+    for absorb, slots, x, out in places.absorbs:
+        if absorb.mask & symmetry.bit:
+            at = absorb.weight, absorb.dim, absorb.axis, slots
+            _enter(members, relation, demands, *at, of=x, inverse=True)
+            _enter(members, relation, demands, *at, of=out)
+    siblings = _siblings(places, relation, {root for root in members if not relation.pinned(root)})
+    norms = _at_roots(relation, places.norms)
+    before = _at_roots(relation, places.norms_out)
+    reads = _reads(places, relation, siblings)
+    named = {root.atom.root: held for root, held in reversed(members.items())}
+    wanted = dict.fromkeys(atom for beside in siblings.values() for atom in beside)
+    names = {atom: _name(named[atom]) if atom in named else "?" for atom in wanted}
     found, taken = [], Counter[str]()
     for root, held in members.items():
         size = root.atom.root.size
@@ -114,11 +192,11 @@ def _spaces(flow: Flow, demands: Demands, symmetry: Symmetry) -> list[Space]:
                 frozenset() if reasons else frozenset((str(symmetry),)),
                 reasons[:_FEW],
                 symmetry,
-                siblings=tuple((names.get(atom, "?"), atom.size[0]) for atom in beside),
+                siblings=tuple((names[atom], atom.size[0]) for atom in beside),
                 norms=tuple(norms.get(root, ())),
                 norms_before=tuple(before.get(root, ())),
                 reads=tuple(reads.get(root, ())),
-                _axes={member.node: axes[member.node] for member in held},
+                _axes={member.node: places.axes[member.node] for member in held},
                 _sibling_atoms=tuple(beside),
             )
         )
@@ -146,26 +224,13 @@ def _enter(
     for (root, dual), own in held.items():
         roles = dict.fromkeys(role for slot in own for role in demands.roles.get(slot, ()))
         members.setdefault(root, []).append(
-            Member(str(node.target), dim, ", ".join(roles), dual, _layout(axis, own), node, tuple(own))
+            Member(str(node.target), dim, ", ".join(roles), dual, node, tuple(own), axis)
         )
 
 
 def _stands_between(relation: Relation, slot: Slot) -> bool:
     """True for a vector that only absorbs: it is listed where it absorbs."""
-    reasons = relation.reasons(slot)
-    return len(reasons) == 1 and reasons[0].text == "stands between two axes"
-
-
-def _layout(axis: Axis, own: list[Slot]) -> str:
-    texts = []
-    for slot in written(axis):
-        if slot.atom.root.parts is not None:
-            parts = " + ".join(_layout(part, own) or "1" for part in parts_of(slot))
-            texts.append(f"({parts})")
-        else:
-            text = "*".join([str(slot.atom.root.size[0]), *slot.atom.root.size[1]])
-            texts.append(f"[{text}]" if any(slot is each for each in own) else text)
-    return " x ".join(texts)
+    return relation.pinned_only(slot, "stands between two axes")
 
 
 def _name(members: list[Member]) -> str:
@@ -174,10 +239,8 @@ def _name(members: list[Member]) -> str:
     module, _, leaf = first.weight.rpartition(".")
     side = {"writes": "out", "reads": "in"}.get(first.role.split(", ")[0], leaf)
     base = f"{module}.{side}" if module else f"{leaf}.{side}" if side != leaf else leaf
-    factors = first.layout.count(" x ")
-    if not factors:
-        return base
-    return f"{base}[{first.layout.split(' x ').index(next(f for f in first.layout.split(' x ') if '[' in f))}]"
+    factors = first.layout.split(" x ")
+    return base if len(factors) == 1 else f"{base}[{next(i for i, factor in enumerate(factors) if '[' in factor)}]"
 
 
 def _at_roots(relation: Relation, found: Iterable[tuple[Axis, fx.Node]]) -> dict[Slot, dict[fx.Node, None]]:
@@ -189,65 +252,42 @@ def _at_roots(relation: Relation, found: Iterable[tuple[Axis, fx.Node]]) -> dict
     return at
 
 
-def _reads(flow: Flow, relation: Relation, siblings: dict[Slot, list[Atom]]) -> dict[Slot, list[Read]]:
+def _reads(places: _Places, relation: Relation, siblings: dict[Slot, list[Atom]]) -> dict[Slot, list[Read]]:
     found: dict[Slot, list[Read]] = {}
-    for node, source, partner, axis in flow.reads:
-        axes = flow.of(source)
+    for (node, source, partner, _), slots, axes in places.reads:
         held: dict[tuple[Slot, bool], list[Slot]] = {}
-        for slot in leaves(axis):
+        for slot in slots:
             held.setdefault(relation.find(slot), []).append(slot)
         for (root, dual), own in held.items():
             wanted = {*own, *siblings.get(root, ())}
-            dims = tuple(
-                dim for dim, each in enumerate(axes) if any({slot, slot.atom.root} & wanted for slot in leaves(each))
-            )
-            places = tuple(axes[dim] for dim in dims)
-            found.setdefault(root, []).append(Read(node, source, partner, dims, dual, places, tuple(own)))
+            dims = [dim for dim, (_, present) in enumerate(axes) if not wanted.isdisjoint(present)]
+            of_dims = tuple(axes[dim][0] for dim in dims)
+            found.setdefault(root, []).append(Read(node, source, partner, tuple(dims), dual, of_dims, tuple(own)))
     return found
 
 
-def _siblings(flow: Flow, relation: Relation, wanted: set[Slot]) -> dict[Slot, list[Atom]]:
+def _siblings(places: _Places, relation: Relation, wanted: set[Slot]) -> dict[Slot, list[Atom]]:
     """Return for each free space the atoms that stand beside it wherever it occurs, and that no operator mixes.
 
     A change of the space may then depend on the index of such an atom.
     """
     beside: dict[Slot, dict[Atom, None]] = {}
-    seen: set[tuple[int, ...]] = set()
-    for outputs in flow.axes.values():
-        for axes in outputs if isinstance(outputs, tuple) else (outputs,):
-            key = tuple(id(slot) for axis in axes for slot in axis)
-            if key in seen:
-                continue
-            seen.add(key)
-            for cell in cells(axes):
-                _meet(cell, relation, wanted, beside)
-    for absorb in flow.absorbs:
-        if absorb.mask & relation.symmetry.bit:
-            # The weight stands for the axes whose changes it takes: of these it has an index only for its own others.
-            for axis in (absorb.x, absorb.out):
-                places = list(flow.of(absorb.weight))
-                places[absorb.dim] = axis
-                for cell in cells(places):
-                    _meet(cell, relation, wanted, beside)
-    for mixed, riding in flow.mixes:
-        roots = {relation.find(slot)[0] for axis in riding for slot in leaves(axis)} & beside.keys()
-        if roots:
-            atoms = {slot.atom.root for axis in mixed for slot in leaves(axis)}
-            for root in roots:
-                beside[root] = {atom: None for atom in beside[root] if atom not in atoms}
+    for cell in places.cells:
+        _meet(cell, relation, wanted, beside)
+    for mask, cell in places.absorb_cells:
+        if mask & relation.symmetry.bit:
+            _meet(cell, relation, wanted, beside)
+    for mixed, riding in places.mixes:
+        for root in {relation.find(slot)[0] for slot in riding} & beside.keys():
+            beside[root] = {atom: None for atom in beside[root] if atom not in mixed}
     return {root: list(atoms) for root, atoms in beside.items()}
 
 
-def _meet(cell: list[Slot], relation: Relation, wanted: set[Slot], beside: dict[Slot, dict[Atom, None]]) -> None:
+def _meet(cell: _Cell, relation: Relation, wanted: set[Slot], beside: dict[Slot, dict[Atom, None]]) -> None:
     """Keep of the atoms beside a space those that this cell holds too, once."""
-    counts: Counter[Atom] | None = None
-    for slot in cell:
+    for slot in cell.slots:
         root = relation.find(slot)[0]
-        if root not in wanted:
-            continue
-        if counts is None:
-            counts = Counter(each.atom.root for each in cell)
-        own = slot.atom.root
-        here = {atom: None for atom, count in counts.items() if count == 1 and atom is not own and not atom.size[1]}
-        known = beside.get(root)
-        beside[root] = here if known is None else {atom: None for atom in known if atom in here}
+        if root in wanted:
+            own, known = slot.atom.root, beside.get(root, cell.once)
+            if known:
+                beside[root] = {atom: None for atom in known if atom in cell.once and atom is not own}

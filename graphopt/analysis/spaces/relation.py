@@ -158,11 +158,19 @@ class Relation:
 
     def _multiply(self, a: Slot, b: Slot, out: Slot, node: fx.Node) -> None:
         """s_out = s_a s_b: what is pinned passes the other on; of two that are free the second is pinned."""
-        if self.reasons(a) and not self.reasons(b):
+        if self.pinned(a) and not self.pinned(b):
             a, b = b, a
-        if not self.reasons(b):
+        if not self.pinned(b):
             self._pin(b, Reason(node.name, "multiplies it with another value, which passes its scale instead"))
         self._tie(a, out, False)
+
+    def pinned(self, slot: Slot) -> bool:
+        return self.find(slot)[0] in self._reasons
+
+    def pinned_only(self, slot: Slot, text: str) -> bool:
+        """True where that is the one reason."""
+        reasons = self._reasons.get(self.find(slot)[0], ())
+        return len(reasons) == 1 and next(iter(reasons)).text == text
 
     def reasons(self, slot: Slot) -> list[Reason]:
         """Return why a slot is pinned, what no pass lifts first; empty where it is free."""

@@ -28,9 +28,13 @@ class Member:
     axis: int
     role: str
     dual: bool
-    layout: str
     node: fx.Node = field(compare=False, repr=False)
     slots: tuple[Slot, ...] = field(compare=False, repr=False)
+    _whole: Axis = field(compare=False, repr=False)
+
+    @property
+    def layout(self) -> str:
+        return _layout(self._whole, self.slots)
 
     def __str__(self) -> str:
         return f"{self.weight}[{self.axis}] {self.role or 'used'}{' (dual)' if self.dual else ''}: {self.layout}"
@@ -171,6 +175,18 @@ class Space:
         if self.siblings:
             head += f"; one change for each of {' x '.join(str(size) for size in self.fibres)}"
         return "\n".join([head, *(f"  {each}" for each in self.members), *(f"  pinned: {each}" for each in self.pins)])
+
+
+def _layout(axis: Axis, own: Sequence[Slot]) -> str:
+    texts = []
+    for slot in written(axis):
+        if slot.atom.root.parts is not None:
+            parts = " + ".join(_layout(part, own) or "1" for part in parts_of(slot))
+            texts.append(f"({parts})")
+        else:
+            text = "*".join([str(slot.atom.root.size[0]), *slot.atom.root.size[1]])
+            texts.append(f"[{text}]" if any(slot is each for each in own) else text)
+    return " x ".join(texts)
 
 
 def stored(node: fx.Node) -> Tensor:

@@ -1,0 +1,211 @@
+"""What every transformation does to every model of the zoo, and whether it is exact there.
+
+`judge(name, transformation)` is one place of the table; `python tests/transformations.py` judges all of them, prints the
+table and writes what stands in `docs/zoo.md` and, for the tests to compare with, `tests/transformations.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from zoo import CAPTURED, MODELS, built
+
+import graphopt
+from graphopt.calibration import Batches
+from graphopt.ir import Program
+from graphopt.ir.precision import retype
+from graphopt.passes import (
+    CenterNorms,
+    Equalize,
+    FoldBatchNorm,
+    FoldNormAffine,
+    MergeLinears,
+    Permute,
+    Rotate,
+    Smooth,
+    SplitLinears,
+)
+from graphopt.pipeline import Context, Pass, make_pass
+from graphopt.pipeline.validation import relative_error, resample, run_seeded
+from graphopt.target import Target
+
+TOLERANCE = 1e-9
+GOLDEN = Path(__file__).with_name("transformations.json")
+
+TRANSFORMATIONS: dict[str, tuple[str, tuple[Pass, ...]]] = {
+    "fold": ("affines of norms into their readers", (FoldNormAffine(),)),
+    "center": ("means of layer norms into the writers", (CenterNorms(),)),
+    "split": ("fused linears into their parts", (SplitLinears(),)),
+    "merge": ("linears that read the same into one", (MergeLinears(),)),
+    "equalize": ("channel ranges between layers", (FoldBatchNorm(), Equalize())),
+    "smooth": ("channel ranges of activations into weights", (Smooth(),)),
+    "smooth explicit": ("the same, by a multiplication where nothing absorbs", (Smooth(explicit=True),)),
+    "permute": ("channels in the order of their ranges", (FoldBatchNorm(), Permute())),
+    "R1": ("residual spaces rotated", (FoldBatchNorm(), Rotate(values=False))),
+    "R1 explicit": ("the same, with a linear behind norms that write", (FoldBatchNorm(), Rotate(values=False, explicit=True))),
+    "R2": ("spaces inside of branches rotated", (FoldBatchNorm(), Rotate(residual=False))),
+    "R3": ("queries and keys transformed online", (Rotate(residual=False, values=False, queries_keys=True),)),
+    "R4": ("hidden activations transformed online", (Rotate(residual=False, values=False, hidden=True),)),
+    "all": (
+        "all of them, one after the other",
+        (
+            FoldBatchNorm(),
+            SplitLinears(),
+            Equalize(),
+            Smooth(),
+            Permute(),
+            Rotate(queries_keys=True, hidden=True, explicit=True),
+            MergeLinears(),
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a transformation did to a model.
+
+    Attributes:
+        applied: places rewritten; of `all`, by all passes that are not only preparations.
+        skipped: places declined. reasons: why, the most frequent first.
+        error: the largest relative change of an output in float64, over two shapes of the inputs.
+    """
+
+    applied: int
+    skipped: int
+    reasons: tuple[str, ...]
+    error: float
+
+
+@functools.cache
+def program_of(name: str) -> Program:
+    """Capture a model of the zoo in float64, and canonicalize it."""
+    model, inputs = built(name)
+    double = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    program = graphopt.capture(copy.deepcopy(model).double(), double, dynamic_shapes=MODELS[name].dynamic_shapes)
+    make_pass("canonicalize").run(program, Context(Target(name="none", backend="none")))
+    return program
+
+
+def judge(name: str, transformation: str) -> Verdict:
+    """Apply a transformation, with what it requires, and compare at the example's shape and at another one."""
+    before = program_of(name)
+    after = before.clone()
+    shapes = [before.flat_example, resample(before, 1), resample(before, 2, resize=False)]
+    passes = TRANSFORMATIONS[transformation][1]
+    done = {"canonicalize"}
+    applied, skipped, reasons = 0, 0, Counter[str]()
+    for pass_ in (each for named in passes for each in (*_required(named), named)):
+        if pass_.name in done and pass_ not in passes:
+            continue
+        done.add(pass_.name)
+        data = Batches([_unflattened(before, flat) for flat in shapes[::2]], before)
+        with torch.no_grad():
+            changes = pass_.run(after, Context(Target(name="none", backend="none"), calibration=data))
+        if pass_ is passes[-1] or (transformation == "all" and pass_ in passes):
+            applied += len(changes.touched)
+            skipped += len(changes.skipped)
+            reasons.update(_general(site.reason) for site in changes.skipped)
+    error = max(
+        relative_error(run_seeded(_wide(after), flat), run_seeded(_wide(before), flat)) for flat in shapes
+    )
+    return Verdict(applied, skipped, tuple(reason for reason, _ in reasons.most_common()), error)
+
+
+def _required(pass_: Pass) -> list[Pass]:
+    found = []
+    for name in pass_.requires:
+        needed = make_pass(name)
+        found += [*_required(needed), needed]
+    return found
+
+
+def _wide(program: Program) -> Program:
+    """Casts to a narrower type are no part of what must stay the same."""
+    return retype(program, torch.float64)
+
+
+def _unflattened(program: Program, flat: list[Any]) -> Any:
+    """Bring flat inputs into the form of the example's."""
+    names = [str(node.target) for node in program.placeholders]
+    args, kwargs = program.example_inputs
+    assert not args and len(names) == len(kwargs), "the zoo's inputs are keywords"
+    return dict(zip(kwargs, flat, strict=True))
+
+
+def _general(reason: str) -> str:
+    """Leave out of a reason which of many alike places it is about: numbers of layers and nodes."""
+    return re.sub(r"\.\d+\.", ".N.", re.sub(r"_\d+\b", "", reason))
+
+
+def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
+    """Return the page that `docs/zoo.md` is."""
+    lines = [
+        "# What every transformation does to every model",
+        "",
+        "Written by `python tests/transformations.py`; `tools/test -m slow` checks every number of it. The models are",
+        "tiny, their values drawn so that errors show; see `tests/zoo.py`. Each place says at how many sites the",
+        "transformation was applied, or why it was not. All outputs are the same to "
+        f"{TOLERANCE:g} relative in float64, at two shapes.",
+        "",
+    ]
+    lines += [f"- **{key}**: {what} (`{', '.join(map(str, passes))}`)" for key, (what, passes) in TRANSFORMATIONS.items()]
+    lines += ["", "| model | " + " | ".join(TRANSFORMATIONS) + " | largest error |"]
+    lines += ["|---" * (len(TRANSFORMATIONS) + 2) + "|"]
+    for name, entry in MODELS.items():
+        if entry.refused:
+            lines.append(f"| {name} | " + " | ".join("" for _ in TRANSFORMATIONS) + f" | refused: {entry.refused} |")
+            continue
+        cells = [_cell(verdicts[name][key]) for key in TRANSFORMATIONS]
+        worst = max(verdict.error for verdict in verdicts[name].values())
+        lines.append(f"| {name} | {' | '.join(cells)} | {worst:.0e} |")
+    lines += ["", "A number alone: applied there, nothing skipped. `5 (2)`: applied at 5, skipped at 2. `–`: there is no such place.", ""]
+    lines += ["## Why places were skipped", ""]
+    for name in CAPTURED:
+        lines += [f"### {name}", ""]
+        for key in TRANSFORMATIONS:
+            for reason in verdicts[name][key].reasons if key != "all" else ():
+                lines.append(f"- {key}: {_escaped(reason)}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(verdict: Verdict) -> str:
+    if not verdict.applied and not verdict.skipped:
+        return "–"
+    return f"{verdict.applied} ({verdict.skipped})" if verdict.skipped else str(verdict.applied)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([_*<>|`\[\]])", r"\\\1", text)
+
+
+def golden() -> dict[str, dict[str, int]]:
+    """Return at how many places each transformation was applied when the table was made."""
+    found: dict[str, dict[str, int]] = json.loads(GOLDEN.read_text())
+    return found
+
+
+def main() -> None:
+    verdicts: dict[str, dict[str, Verdict]] = {}
+    for name in CAPTURED:
+        verdicts[name] = {key: judge(name, key) for key in TRANSFORMATIONS}
+        print(f"{name:<12}", *(f"{key} {_cell(v)} {v.error:.0e};" for key, v in verdicts[name].items()), flush=True)
+    counts = {name: {key: verdict.applied for key, verdict in each.items()} for name, each in verdicts.items()}
+    GOLDEN.write_text(json.dumps(counts, indent=1) + "\n")
+    docs = Path(__file__).parents[1] / "docs" / "zoo.md"
+    docs.write_text(table(verdicts))
+    print(f"wrote {docs.name} and {GOLDEN.name}")
+
+
+if __name__ == "__main__":
+    main()
