@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.arguments import arguments, operator
+from graphopt.ir.hadamard import split, stages
 from graphopt.ir.program import Program
 from graphopt.quantization.grids import grid
 
@@ -78,7 +79,10 @@ def _roles(weight: fx.Node) -> list[tuple[str, str]]:
 
 
 def macs(program: Program) -> int:
-    """Return multiply-accumulates of convolutions and matrix products; symbolic sizes count as in the example."""
+    """Return multiply-accumulates of convolutions and matrix products, rotations among them.
+
+    Symbolic sizes count as in the example.
+    """
     return sum(node_macs(node) for node in program.graph.nodes if node.op == "call_function")
 
 
@@ -100,7 +104,17 @@ def node_macs(node: fx.Node) -> int:
     if name == "scaled_dot_product_attention":
         query, key, value = (_shape(arguments(node)[key]) for key in ("query", "key", "value"))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if name == "graphopt.hadamard":
+        return math.prod(_shape(node)) * _hadamard_macs(node)
     return 0
+
+
+def _hadamard_macs(node: fx.Node) -> int:
+    """Return the multiply-accumulates for one coordinate: the orders of the dense matrices of all stages."""
+    named = arguments(node)
+    x, small, signs = (named[key] and named[key].meta["val"] for key in ("x", "small", "signs"))
+    _block, order, k = split(x, small, signs, named["block"])
+    return sum(math.prod(group) for group in stages(order, k)[:-1]) + math.prod(stages(order, k)[-1]) * k
 
 
 def _shape(node: Any) -> list[int]:

@@ -1,11 +1,12 @@
 # torch.library is untyped.
 # mypy: disable-error-code="no-untyped-call,untyped-decorator"
-"""The `graphopt::` dialect: quantized numerics as four torch operators.
+"""The `graphopt::` dialect: quantized numerics as four torch operators, and the rotation that quantization likes.
 
     codes       = quantize(x, scale, zero_point?, axis, group_size, format)
     x'          = dequantize(codes, scale, zero_point?, table?, axis, group_size, format)
     scale, zero = dynamic_scale(x, axis, group_size, format)
     x'          = fake_quantize(x, scale, zero_point?, axis, group_size, format)     dequantize(quantize(x)), trainable
+    x Q         = hadamard(x, small?, signs?, block, transpose)      Q orthogonal, along the last axis, never held whole
     y           = linear/conv/...  stay ATen: integer execution is what a backend makes of dequantize -> op -> quantize
 
 Granularity follows from `scale` and `group_size` (K = size of `axis`); a zero point has the shape of its scale:
@@ -16,12 +17,16 @@ Granularity follows from `scale` and `group_size` (K = size of `axis`); a zero p
     per token      scale [..., 1, ...]           group_size -1      one block is all of `axis` (the last: a token)
 
 `format` names a grid (`graphopt.quantization.grids`). `table` is for codebook grids; no integer grid takes one.
-`dequantize` gives the dtype of `scale`, `fake_quantize` that of x. Every operator is an ATen composite, so any backend
-can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and `fake_quantize` have
-gradients: straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale` have none: a dynamic
-range is a constant to training, as codes are.
+`hadamard` rotates blocks of the last axis (block 0: all of it) by Q = diag(signs) · (H ⊗ small), or Qᵀ; small is [k, k]
+and orthogonal, signs are [n] or [block]; see `graphopt.ir.hadamard`.
 
-A scale or zero point of the wrong shape raises ValueError, an unknown format GraphoptError.
+`dequantize` gives the dtype of `scale`, `fake_quantize` and `hadamard` that of x. Every operator is an ATen composite,
+so any backend can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and
+`fake_quantize` have gradients: straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale`
+have none: a dynamic range is a constant to training, as codes are. `hadamard` has one for x; to it small and signs are
+constants.
+
+A scale, zero point, `small` or `signs` of the wrong shape raises ValueError, an unknown format GraphoptError.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import GraphoptError
+from graphopt.ir.hadamard import split, transform
 from graphopt.quantization.grids import grid
 
 LIBRARY = torch.library.Library("graphopt", "DEF")
@@ -43,6 +49,9 @@ LIBRARY.define(
 )
 LIBRARY.define(f"dynamic_scale(Tensor x, {_WHERE}) -> (Tensor, Tensor)")
 LIBRARY.define(f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, {_WHERE}) -> Tensor")
+LIBRARY.define(
+    "hadamard(Tensor x, Tensor? small=None, Tensor? signs=None, int block=0, bool transpose=False) -> Tensor"
+)
 
 
 def spread(parameter: Tensor, x: Tensor, axis: int, group_size: int) -> Tensor:
@@ -187,6 +196,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "dynamic_scale": _dynamic_scale,
     "fake_quantize": _fake_quantize,
+    "hadamard": transform,
 }
 for _name, _function in _IMPLEMENTATIONS.items():
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -241,6 +251,14 @@ def _(
     return torch.empty_like(x)
 
 
+@torch.library.register_fake("graphopt::hadamard", lib=LIBRARY)
+def _(
+    x: Tensor, small: Tensor | None = None, signs: Tensor | None = None, block: int = 0, transpose: bool = False
+) -> Tensor:
+    split(x, small, signs, block)
+    return x.new_empty(x.shape)  # contiguous, however x lies
+
+
 # Gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +307,16 @@ def _fake_quantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     return to_x, to_scale, None, None, None, None
 
 
+def _save_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, small, signs, ctx.block, ctx.transpose = inputs
+    ctx.save_for_backward(small, signs)
+
+
+def _hadamard_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    small, signs = ctx.saved_tensors
+    return hadamard(gradient, small, signs, ctx.block, not ctx.transpose), None, None, None, None
+
+
 def _mark_constant(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
 
@@ -299,6 +327,7 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "graphopt::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize, lib=LIBRARY
 )
+torch.library.register_autograd("graphopt::hadamard", _hadamard_backward, setup_context=_save_hadamard, lib=LIBRARY)
 torch.library.register_autograd(
     "graphopt::quantize", lambda ctx, gradient: (None,) * 6, setup_context=_mark_constant, lib=LIBRARY
 )
@@ -310,6 +339,7 @@ quantize = torch.ops.graphopt.quantize.default
 dequantize = torch.ops.graphopt.dequantize.default
 dynamic_scale = torch.ops.graphopt.dynamic_scale.default
 fake_quantize = torch.ops.graphopt.fake_quantize.default
+hadamard = torch.ops.graphopt.hadamard.default
 
 
 def decomposition_table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:

@@ -76,7 +76,9 @@ def stages(order: int, k: int = 1) -> tuple[Kernels, ...]:
     # best[i]: the cheapest way to group all but the first i kernels.
     best: dict[int, tuple[int, tuple[Kernels, ...]]] = {len(found): (k + _STAGE_MACS, ((),))}
     for start in reversed(range(len(found))):
-        options = [(math.prod(found[start:]) * k + _STAGE_MACS, (found[start:],))]
+        options: list[tuple[int, tuple[Kernels, ...]]] = [
+            (math.prod(found[start:]) * k + _STAGE_MACS, (found[start:],))
+        ]
         for end in range(start + 1, len(found) + (k > 1)):
             cost, groups = best[end]
             options.append((math.prod(found[start:end]) + _STAGE_MACS + cost, (found[start:end], *groups)))
@@ -86,7 +88,7 @@ def stages(order: int, k: int = 1) -> tuple[Kernels, ...]:
 
 @functools.lru_cache(maxsize=64)
 def stage_matrix(group: Kernels) -> NDArray[np.float64]:
-    """Return the orthogonal matrix [n, n] of one stage: the Kronecker product of its kernels over √n. Not to be written."""
+    """Return the orthogonal matrix [n, n] of one stage: its kernels' Kronecker product over √n, read-only."""
     matrix = _product(group) / math.sqrt(math.prod(group))
     matrix.setflags(write=False)
     return matrix
@@ -108,18 +110,28 @@ def split(x: Tensor, small: Tensor | None, signs: Tensor | None, block: int) -> 
         raise ValueError(f"the last axis of x has the symbolic size {block}; say in which blocks it is transformed")
     if block < 1 or (isinstance(size, int) and size % block):
         raise ValueError(f"blocks of {block} do not divide the last axis of x, of size {size}")
-    k = 1 if small is None else small.shape[0]
-    if small is not None and (tuple(small.shape) != (k, k) or k == 0 or block % k):
-        raise ValueError(f"small has shape {list(small.shape)}; it must be square and its size divide the block, {block}")
+    shape: list[Any] = [1, 1] if small is None else list(small.shape)
+    k = shape[0] if shape else 0
+    if not isinstance(k, int) or shape != [k, k] or k == 0 or block % k:
+        raise ValueError(
+            f"small has shape {shape}; it must be square, of a constant size that divides the block, {block}"
+        )
     if kernels(block // k) is None:
         m, fits = factors(block)
         raise ValueError(
             f"no Hadamard matrix of order {block // k} is known here; a block of {block} takes a small matrix "
             f"[{fits}, {fits}] beside the Hadamard matrix of order {m}"
         )
-    if signs is not None and tuple(signs.shape) not in ((block,), (size,)):
-        raise ValueError(f"signs has shape {list(signs.shape)}; give one a coordinate, [{size}], or of a block, [{block}]")
+    if signs is not None and (signs.dim() != 1 or all(_differ(signs.shape[0], length) for length in (block, size))):
+        raise ValueError(
+            f"signs has shape {list(signs.shape)}; give one a coordinate, [{size}], or of a block, [{block}]"
+        )
     return block, block // k, k
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Compare no symbolic size: that would make it a constant."""
+    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 def transform(
@@ -136,10 +148,9 @@ def transform(
         made = _flip(made, signs)
     groups, rest = stages(order, k), block
     for group in groups:
-        # torch.tensor copies, and is known to tracing as a constant.
-        matrix = torch.tensor(stage_matrix(group), dtype=compute, device=x.device)
+        matrix = _as_tensor(group, compute).to(x.device)
         if group is groups[-1]:
-            matrix = matrix if small is None else torch.kron(matrix, small.to(compute))
+            matrix = matrix if small is None else torch.kron(matrix, small.to(compute).contiguous())
             made = made.reshape(-1, rest) @ (matrix.t() if transpose else matrix)
         else:
             rest //= matrix.shape[0]
@@ -148,6 +159,13 @@ def transform(
     if signs is not None and transpose:
         made = _flip(made, signs)
     return made.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _as_tensor(group: Kernels, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of a stage in float32 or float64, not to be written."""
+    kind = np.float64 if dtype is torch.float64 else np.float32
+    return torch.from_numpy(stage_matrix(group).astype(kind))
 
 
 def _flip(x: Tensor, signs: Tensor) -> Tensor:
@@ -161,11 +179,11 @@ def matrix_of(
 
     ValueError where the arguments do not fit one another.
     """
-    block, order, k = split(torch.empty(size), small, signs, block)
+    block, order, _k = split(torch.empty(size), small, signs, block)
     one = torch.tensor(_product(cast(Kernels, kernels(order))) / math.sqrt(order))
     if small is not None:
-        one = torch.kron(one, small.detach().to(torch.float64))
-    matrix = torch.block_diag(*[one] * (size // block))
+        one = torch.kron(one, small.detach().to(torch.float64).contiguous())
+    matrix = _block_diagonal([one] * (size // block))
     if signs is not None:
         matrix = signs.detach().to(torch.float64).repeat(size // signs.shape[0])[:, None] * matrix
     return matrix.t().contiguous() if transpose else matrix
@@ -212,7 +230,11 @@ def orthogonal(size: int, seed: int, kind: str = "hadamard", block_size: int = 0
         raise ValueError(f"no kind of rotation is called {kind!r}; there are 'hadamard' and 'orthogonal'")
     block = _block(size, block_size)
     random = torch.Generator().manual_seed(seed)
-    return torch.block_diag(*[_haar(block, random) for _ in range(size // block)])
+    return _block_diagonal([_haar(block, random) for _ in range(size // block)])
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    return cast(Tensor, torch.block_diag(*blocks))  # type: ignore[no-untyped-call]
 
 
 def _block(size: int, block_size: int) -> int:
@@ -227,14 +249,17 @@ def _haar(size: int, random: torch.Generator) -> Tensor:
     """Draw uniformly. Source: F. Mezzadri, "How to generate random matrices from the classical compact groups"."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))
     # QR is unique up to signs; left as the algorithm chose them, they would favour some matrices.
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return cast(Tensor, q * torch.where(r.diagonal() < 0, -1.0, 1.0))
 
 
 # Constructions --------------------------------------------------------------------------------------------------------
 
 
 def _product(group: Kernels) -> NDArray[np.float64]:
-    return functools.reduce(np.kron, map(_kernel, group), np.ones((1, 1)))
+    made: NDArray[np.float64] = np.ones((1, 1))
+    for order in group:
+        made = np.kron(made, _kernel(order)).astype(np.float64, copy=False)
+    return made
 
 
 def _paley(order: int) -> tuple[int, int] | None:
@@ -278,7 +303,7 @@ def _jacobsthal(p: int, e: int) -> NDArray[np.float64]:
         character[squares] = 1
         character[0] = 0
         difference = sum(((digits[:, None, i] - digits[None, :, i]) % p) * weights[i] for i in range(e))
-        residues = character[difference]
+        residues: NDArray[np.float64] = character[difference]
         if np.array_equal(residues @ residues.T, q * np.eye(q) - 1):
             return residues
     raise AssertionError(f"GF({q}) exists, but no polynomial of degree {e} over GF({p}) gave it")

@@ -1,0 +1,89 @@
+"""Training, once: the weights are kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from language import corpus
+from language.model import LanguageModel, Shape
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides the weights: a change of any field trains anew."""
+
+    shape: Shape = field(default_factory=Shape)
+    steps: int = 1200
+    batch: int = 16
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def trained(training: Training, folder: Path) -> LanguageModel:
+    """Return the trained model in eval mode, from the folder where it is there, else trained and put there."""
+    description = json.dumps(dataclasses.asdict(training) | {"torch": torch.__version__}, sort_keys=True)
+    path = folder / f"language-{hashlib.sha256(description.encode()).hexdigest()[:16]}.safetensors"
+    model = LanguageModel(training.shape)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):  # not there, cut short, or of another form: train
+        model = train(training)
+        _write(path, model)
+    return model.eval()
+
+
+def train(training: Training) -> LanguageModel:
+    """Train on the standard library; prints the loss as it goes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        model = LanguageModel(training.shape)
+    text = corpus.read()
+    generator = torch.Generator().manual_seed(training.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, training.learning_rate, betas=(0.9, 0.95))
+    length = training.shape.context
+    for step in track(range(training.steps), "training the language model"):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * _schedule(step, training)
+        ids = text.batch(training.batch, length + 1, generator)
+        loss = functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: {loss.item() / math.log(2):.3f} bits a byte", flush=True)
+    return model
+
+
+def _schedule(step: int, training: Training) -> float:
+    if step < training.warmup:
+        return (step + 1) / training.warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - training.warmup) / max(training.steps - training.warmup, 1)))
+
+
+def _write(path: Path, model: LanguageModel) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, name)
+    with open(name, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(name, path)
