@@ -18,16 +18,22 @@ if TYPE_CHECKING:
     from graphopt.passes.quantize.embedding import QuantizeEmbedding
     from graphopt.passes.quantize.static import QuantizeStatic
     from graphopt.passes.retype.floats import RetypeFloats
+    from graphopt.passes.transform.absorb_bias import AbsorbBias
+    from graphopt.passes.transform.equalize import Equalize
+    from graphopt.passes.transform.permute import Permute
     from graphopt.passes.transform.rotate import Rotate
     from graphopt.passes.transform.smooth import Smooth
     from graphopt.passes.transform.split_linears import SplitLinears
 
 _MODULES = {
+    "AbsorbBias": "transform.absorb_bias",
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
+    "Equalize": "transform.equalize",
     "FoldBatchNorm": "fold.batch_norm",
     "FoldNormAffine": "fold.norm_affine",
     "FoldWeightNorm": "fold.weight_norm",
+    "Permute": "transform.permute",
     "QuantizeDynamic": "quantize.dynamic",
     "QuantizeEmbedding": "quantize.embedding",
     "QuantizeStatic": "quantize.static",
@@ -38,8 +44,8 @@ _MODULES = {
 }
 
 __all__ = [
-    "Canonicalize", "CenterNorms", "FoldBatchNorm", "FoldNormAffine", "FoldWeightNorm",
-    "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
+    "AbsorbBias", "Canonicalize", "CenterNorms", "Equalize", "FoldBatchNorm", "FoldNormAffine", "FoldWeightNorm",
+    "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
     "Smooth", "SplitLinears",
 ]  # fmt: skip
 

@@ -48,7 +48,11 @@ EXAMPLES = [
     Example("residual", Residual, _ids, fires=2),
     Example("read_without_norm", lambda: Residual(peek=True), _ids, declines="reads it without removing the mean"),
     Example(
-        "post_norm", lambda: Residual(post=True), _ids, fires=1, declines="writes it, a layer norm with an affine (two.weight)"
+        "post_norm",
+        lambda: Residual(post=True),
+        _ids,
+        fires=1,
+        declines="writes it, a layer norm with an affine (two.weight)",
     ),
     Example("nonlinear_writer", lambda: Residual(clamp=True), _ids, declines="clamp"),
     Example("input", lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)), (2, 8), declines="no weight writes"),
