@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.passes.retype.floats import RetypeFloats
     from graphopt.passes.transform.absorb_bias import AbsorbBias
     from graphopt.passes.transform.equalize import Equalize
+    from graphopt.passes.transform.merge_linears import MergeLinears
     from graphopt.passes.transform.permute import Permute
     from graphopt.passes.transform.rotate import Rotate
     from graphopt.passes.transform.smooth import Smooth
@@ -33,6 +34,7 @@ _MODULES = {
     "FoldBatchNorm": "fold.batch_norm",
     "FoldNormAffine": "fold.norm_affine",
     "FoldWeightNorm": "fold.weight_norm",
+    "MergeLinears": "transform.merge_linears",
     "Permute": "transform.permute",
     "QuantizeDynamic": "quantize.dynamic",
     "QuantizeEmbedding": "quantize.embedding",
@@ -45,7 +47,7 @@ _MODULES = {
 
 __all__ = [
     "AbsorbBias", "Canonicalize", "CenterNorms", "Equalize", "FoldBatchNorm", "FoldNormAffine", "FoldWeightNorm",
-    "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
+    "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
     "Smooth", "SplitLinears",
 ]  # fmt: skip
 

@@ -10,13 +10,15 @@ between the linear and the part, so that any chain of reshapes, permutations and
 and values in every order of heads and parts, and the two halves of a gated layer. What a chain did to the axes behind
 the cut becomes the order of R, a reshape and a permutation. Rows that nobody reads are dropped.
 
-Exact. A tensor has one order of coordinates, so parts that share a weight share what may be done to it: a permutation of
-the fused output mixes the parts, each part's own linear can be permuted, scaled, rotated and quantized by itself.
-`merge_linears` is the way back.
+Exact. The analysis of spaces follows slices and concatenations, so a fused weight is often as free as its parts; where
+a symmetry is lost on the way (rows of several parts dealt out by turns), or where each part shall be quantized by
+itself (`always`), the split pays. `merge_linears` is the way back.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,17 +26,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.ir import Match, Program, Rewriter, Rule, arguments, constant, floating, operator, rule
+from graphopt.analysis.spaces import Symmetry, analyze
+from graphopt.ir import (
+    Changes,
+    Match,
+    Program,
+    Rewriter,
+    Rule,
+    apply_rules,
+    arguments,
+    constant,
+    floating,
+    operator,
+    rule,
+)
 from graphopt.passes.canonicalize.identities import who_reads_layout
 from graphopt.passes.canonicalize.linear import bias_by_output
 from graphopt.passes.canonicalize.operators import permutation, same_sizes, tensor_of
-from graphopt.pipeline import Pass
+from graphopt.pipeline import Context, Pass
 
 aten = torch.ops.aten
 _ALONG_AN_AXIS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze"}
 _LISTS = {"split", "split_with_sizes", "chunk", "unbind"}
 _ARITHMETIC = {"add", "sub", "mul", "div", "neg"}
 _JOINS = {"cat", "stack"}
+_CARRIES = _ARITHMETIC | _ALONG_AN_AXIS | {"getitem", "reshape", "permute"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +277,7 @@ def _joined(node: fx.Node) -> list[tuple[fx.Node, int]]:
             name = operator(user)
             if name in _JOINS:
                 found += [(user, position) for position, each in enumerate(user.args[0]) if each is value]  # type: ignore[arg-type]
-            elif (user not in seen and name in _ARITHMETIC | _ALONG_AN_AXIS | {"getitem", "reshape", "permute"}) or (user not in seen and permutation(user) is not None):
+            elif user not in seen and (name in _CARRIES or permutation(user) is not None):
                 seen.add(user)
                 pending.append(user)
     return found
@@ -341,6 +357,56 @@ def _sizes_before(part: fx.Node, rows: Rows) -> list[Any]:
 
 @dataclass(frozen=True)
 class SplitLinears(Pass):
-    """Give each part of a linear's output (query, key, value; gate, up) a linear of its own."""
+    """Give each part of a linear's output (query, key, value; gate, up) a linear of its own.
+
+    Attributes:
+        always: split also where the analysis finds the parts as free as they are.
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = (split_linear,)
+
+    always: bool = False
+
+    def run(self, program: Program, context: Context) -> Changes:
+        rewriter = Rewriter(program, self.name)
+        freed = None if self.always else _freed(program, self.name)
+
+        def refusal(node: fx.Node) -> str:
+            if freed is None or arguments(node)["weight"].target in freed:
+                return ""
+            return "its parts are as free as they are: the analysis tells them apart"
+
+        apply_rules(self.rules, rewriter, refusal)
+        return rewriter.finish()
+
+
+def _freed(program: Program, author: str) -> set[str]:
+    """Split everything in a copy and return the weights whose parts lie in more free spaces than the whole did."""
+    trial = program.clone()
+    rewriter = Rewriter(trial, author)
+    apply_rules((split_linear,), rewriter)
+    rewriter.finish()
+    before, after = _free_spaces(program), _free_spaces(trial)
+    freed = set()
+    for name in before.keys() - trial.weights.keys():
+        parts = [after[part] for part in after.keys() - program.weights.keys() if _is_part(part, name)]
+        counts = [Counter(symmetry for symmetry, _ in spaces) for spaces in (set().union(*parts), before[name])]
+        if counts[0] - counts[1]:
+            freed.add(name)
+    return freed
+
+
+def _is_part(part: str, whole: str) -> bool:
+    return re.sub(r"(^|\.)part\d+\.", r"\1", part) == whole
+
+
+def _free_spaces(program: Program) -> dict[str, set[tuple[str, int]]]:
+    """Return for each weight the free spaces that its rows lie in, as (symmetry, number)."""
+    found: dict[str, set[tuple[str, int]]] = {name: set() for name in program.weights}
+    analysis = analyze(program)
+    for symmetry in Symmetry:
+        for number, space in enumerate(analysis.under(symmetry)):
+            for member in space.members:
+                if space.free and member.axis == 0:
+                    found[member.weight].add((symmetry, number))
+    return found

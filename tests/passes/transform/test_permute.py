@@ -34,7 +34,9 @@ EXAMPLES = [
     MLP,
     Example("decoder", Decoder, example_ids),
     Example("conv", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), (2, 3, 8, 8), fires=1),
-    Example("grouped", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)), (2, 4, 6, 6)),
+    Example(
+        "grouped", lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)), (2, 4, 6, 6)
+    ),
     Example("in_order", _mlp, (2, 5), declines="is in a good order", prepare=_sorted),
     Example("input", lambda: nn.Sequential(nn.Linear(12, 3)), (2, 12), declines="has a fixed order"),
     Example("nothing", lambda: nn.Sequential(nn.ReLU()), (2, 5), fires=0),

@@ -175,8 +175,12 @@ def test_without_data_it_says_what_to_pass() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"alpha": 1.5}, "less than or equal to 1"), ({"search": "grid"}, "'none', 'space' or 'model'"), ({"weight_bits": 1}, "greater")],
-)  # fmt: skip
+    [
+        ({"alpha": 1.5}, "less than or equal to 1"),
+        ({"search": "grid"}, "'none', 'space' or 'model'"),
+        ({"weight_bits": 1}, "greater"),
+    ],
+)
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(GraphoptError, match=message):
         Smooth(**options)  # type: ignore[arg-type]
