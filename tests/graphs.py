@@ -1,4 +1,4 @@
-"""Random models whose symmetries are known because they were planted: material for the analysis of spaces and for passes.
+"""Random models whose symmetries are known because they were planted: for the analysis of spaces and for passes.
 
 `models()` is a hypothesis strategy of `Planted`. What it draws is a description, plain data that a failing example
 prints; `Planted.module` is built of it with honest values, always the same ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def test_quantized_rows_are_the_nearest_levels(bits: int, seed: int) -> None:
 
 def test_a_bit_is_worth_six_decibels() -> None:
     ratios = [quantization_sqnr_db(ROWS, bits) for bits in (6, 7, 8, 9)]
-    assert [b - a for a, b in zip(ratios, ratios[1:], strict=False)] == pytest.approx([6.02] * 3, abs=0.3)
+    assert [b - a for a, b in itertools.pairwise(ratios)] == pytest.approx([6.02] * 3, abs=0.3)
 
 
 def test_qsur_of_a_ball_and_of_an_ellipsoid() -> None:

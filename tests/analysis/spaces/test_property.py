@@ -23,9 +23,10 @@ def missing(analysis: Analysis, planted: Symmetric) -> list[str]:
         spaces = analysis.under(symmetry)
         for space in spaces:
             places = {(member.weight, member.axis) for member in space.members}
-            if space.free and space.size == planted.size and places >= set(planted.holds):
-                if places.isdisjoint(planted.lacks) and (symmetry == "permutation" or _fibres(space.fibres, planted)):
-                    break
+            holds = places >= set(planted.holds) and places.isdisjoint(planted.lacks)
+            alike = symmetry == "permutation" or _fibres(space.fibres, planted)
+            if space.free and space.size == planted.size and holds and alike:
+                break
         else:
             near = [str(s) for s in spaces if any((m.weight, m.axis) in planted.holds for m in s.members)]
             found.append(f"{symmetry} of {planted} among\n" + "\n".join(near))

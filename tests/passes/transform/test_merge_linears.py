@@ -52,8 +52,8 @@ EXAMPLES = [
         golden="""
         linear_2 = linear(x, @a.merged.weight, @a.merged.bias)
         split_with_sizes = split_with_sizes(linear_2, [3, 3], dim=-1)
-        getitem = split_with_sizes[0]
-        getitem_1 = split_with_sizes[1]
+        getitem = getitem(split_with_sizes, 0)
+        getitem_1 = getitem(split_with_sizes, 1)
         relu = relu(getitem_1)
         mul = mul(getitem, relu)
         return mul
