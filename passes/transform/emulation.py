@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.numerics import quantized_rows
 from graphopt.calibration import Batches
 from graphopt.ir import Program, arguments, operator
 from graphopt.passes.fold.affine import is_linear_operator
@@ -19,18 +20,11 @@ from graphopt.passes.fold.affine import is_linear_operator
 _BATCHES = 4  # how many batches a whole model is judged by
 
 
-def quantized_rows(x: Tensor, bits: int) -> Tensor:
-    """Return x [..., n] rounded to 2^bits - 1 levels around zero, with a scale for each row."""
-    top = 2 ** (bits - 1) - 1
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / top
-    return torch.clamp((x / scale).round_(), -top, top).mul_(scale)
-
-
 def output_error(
     program: Program, weights: Mapping[str, Tensor], weight_bits: int, activation_bits: int, batches: Batches
 ) -> float:
     """Return |y_quantized - y|² / |y|² over the outputs of the first batches, with some weights replaced."""
-    quantized = _Emulated(program, weights, weight_bits, activation_bits)
+    quantized = Emulated(program, weights, weight_bits, activation_bits)
     wrong = total = 0.0
     with torch.no_grad():
         for flat in batches.first(_BATCHES):
@@ -45,8 +39,8 @@ def _counts(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class _Emulated(fx.Interpreter):
-    """Runs a program with some weights replaced and every linear operator quantized."""
+class Emulated(fx.Interpreter):
+    """Runs a program with some weights replaced and every linear operator quantized, the embedding left as it is."""
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor], weight_bits: int, activation_bits: int) -> None:
         super().__init__(program.graph_module, garbage_collect_values=True)

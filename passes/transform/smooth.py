@@ -22,9 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from graphopt.analysis.numerics import quantized_rows
 from graphopt.analysis.spaces import Read, Space, Symmetry, analyze
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
-from graphopt.passes.transform.emulation import output_error, quantized_rows
+from graphopt.passes.transform.emulation import output_error
 from graphopt.passes.transform.reparameterize import Reparameterization
 from graphopt.passes.transform.site_statistics import Statistics, is_linear_read, observe_reads
 from graphopt.pipeline import Context, Pass
