@@ -1,7 +1,7 @@
 """What every transformation does to every model of the zoo, and whether it is exact there.
 
-`judge(name, transformation)` is one place of the table; `python tests/transformations.py` judges all of them, prints the
-table and writes what stands in `docs/zoo.md` and, for the tests to compare with, `tests/transformations.json`.
+`judge(name, transformation)` is one place of the table; `python tests/transformations.py` judges all of them, prints
+the table and writes what stands in `docs/zoo.md` and, for the tests to compare with, `tests/transformations.json`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ TRANSFORMATIONS: dict[str, tuple[str, tuple[Pass, ...]]] = {
     "smooth explicit": ("the same, by a multiplication where nothing absorbs", (Smooth(explicit=True),)),
     "permute": ("channels in the order of their ranges", (FoldBatchNorm(), Permute())),
     "R1": ("residual spaces rotated", (FoldBatchNorm(), Rotate(values=False))),
-    "R1 explicit": ("the same, with a linear behind norms that write", (FoldBatchNorm(), Rotate(values=False, explicit=True))),
+    "R1 explicit": (
+        "the same, with a linear behind norms that write",
+        (FoldBatchNorm(), Rotate(values=False, explicit=True)),
+    ),
     "R2": ("spaces inside of branches rotated", (FoldBatchNorm(), Rotate(residual=False))),
     "R3": ("queries and keys transformed online", (Rotate(residual=False, values=False, queries_keys=True),)),
     "R4": ("hidden activations transformed online", (Rotate(residual=False, values=False, hidden=True),)),
@@ -93,32 +96,37 @@ def program_of(name: str) -> Program:
     double = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     program = graphopt.capture(copy.deepcopy(model).double(), double, dynamic_shapes=MODELS[name].dynamic_shapes)
     make_pass("canonicalize").run(program, Context(Target(name="none", backend="none")))
-    # What a model casts to float32 itself was evaluated in that; edits of it would be rounded, which is not the question.
+    # What a model itself casts to float32 was evaluated in that; edits of it would be rounded.
     return program.map_weights(lambda name, weight: weight.double() if weight.is_floating_point() else weight)
 
 
 def judge(name: str, transformation: str) -> Verdict:
-    """Apply a transformation, with what it requires, and compare at the example's shape and at another one."""
-    before = program_of(name)
+    """Apply a transformation to a model of the zoo, with what it requires."""
+    return judge_program(program_of(name), TRANSFORMATIONS[transformation][1])
+
+
+def judge_program(before: Program, passes: tuple[Pass, ...]) -> Verdict:
+    """Apply passes, and what they require, and compare at the example's shape and at another one.
+
+    Counted are the places of the last pass; where there are several transformations, of all of them.
+    """
     after = before.clone()
     shapes = [before.flat_example, resample(before, 1), resample(before, 2, resize=False)]
-    passes = TRANSFORMATIONS[transformation][1]
-    done = {"canonicalize"}
+    done: set[Pass] = {make_pass("canonicalize")}
+    counted = passes[-1:] if len(passes) < 3 else passes
     applied, skipped, reasons = 0, 0, Counter[str]()
     for pass_ in (each for named in passes for each in (*_required(named), named)):
-        if pass_.name in done and pass_ not in passes:
+        if pass_ in done:
             continue
-        done.add(pass_.name)
+        done.add(pass_)
         data = Batches([_unflattened(before, flat) for flat in shapes[::2]], before)
         with torch.no_grad():
             changes = pass_.run(after, Context(Target(name="none", backend="none"), calibration=data))
-        if pass_ is passes[-1] or (transformation == "all" and pass_ in passes):
+        if pass_ in counted:
             applied += len(changes.touched)
             skipped += len(changes.skipped)
             reasons.update(_general(site.reason) for site in changes.skipped)
-    error = max(
-        relative_error(run_seeded(_wide(after), flat), run_seeded(_wide(before), flat)) for flat in shapes
-    )
+    error = max(relative_error(run_seeded(_wide(after), flat), run_seeded(_wide(before), flat)) for flat in shapes)
     return Verdict(applied, skipped, tuple(reason for reason, _ in reasons.most_common()), error)
 
 
@@ -137,10 +145,8 @@ def _wide(program: Program) -> Program:
 
 def _unflattened(program: Program, flat: list[Any]) -> Any:
     """Bring flat inputs into the form of the example's."""
-    names = [str(node.target) for node in program.placeholders]
-    args, kwargs = program.example_inputs
-    assert not args and len(names) == len(kwargs), "the zoo's inputs are keywords"
-    return dict(zip(kwargs, flat, strict=True))
+    _, kwargs = program.example_inputs
+    return dict(zip(kwargs, flat, strict=True)) if kwargs else tuple(flat)
 
 
 def _general(reason: str) -> str:
@@ -159,7 +165,8 @@ def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         f"{TOLERANCE:g} relative in float64, at two shapes.",
         "",
     ]
-    lines += [f"- **{key}**: {what} (`{', '.join(map(str, passes))}`)" for key, (what, passes) in TRANSFORMATIONS.items()]
+    for key, (what, passes) in TRANSFORMATIONS.items():
+        lines.append(f"- **{key}**: {what} (`{', '.join(map(str, passes))}`)")
     lines += ["", "| model | " + " | ".join(TRANSFORMATIONS) + " | largest error |"]
     lines += ["|---" * (len(TRANSFORMATIONS) + 2) + "|"]
     for name, entry in MODELS.items():
@@ -169,7 +176,8 @@ def table(verdicts: Mapping[str, Mapping[str, Verdict]]) -> str:
         cells = [_cell(verdicts[name][key]) for key in TRANSFORMATIONS]
         worst = max(verdict.error for verdict in verdicts[name].values())
         lines.append(f"| {name} | {' | '.join(cells)} | {worst:.0e} |")
-    lines += ["", "A number alone: applied there, nothing skipped. `5 (2)`: applied at 5, skipped at 2. `–`: there is no such place.", ""]
+    legend = "A number alone: applied there, nothing skipped. `5 (2)`: applied at 5, skipped at 2. `–`: no such place."
+    lines += ["", legend, ""]
     lines += ["## Why places were skipped", ""]
     for name in CAPTURED:
         lines += [f"### {name}", ""]

@@ -22,6 +22,11 @@ def is_linear_read(read: Read) -> bool:
     return operator(read.node) == "linear" and read.partner.op == "get_attr" and read.dims == (rank - 1,)
 
 
+def has_static_size(read: Read) -> bool:
+    """True where every batch has the same coordinates: none of its axes holds the batch as well."""
+    return all(isinstance(read.source.meta["val"].shape[dim], int) for dim in read.dims)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Largest magnitudes and some vectors of each activation, over the dimensions on which a space lies."""
@@ -42,11 +47,13 @@ class Statistics:
 def observe_reads(program: Program, reads: Iterable[Read], context: Context) -> Statistics:
     """Run the calibration batches once and return the statistics of every activation that is read.
 
+    One whose size is not static has none.
+
     Raises GraphoptError where there is no calibration data, or it does not run.
     """
     channels: dict[Key, Channels] = {}
     for read in reads:
-        if read.dims:
+        if read.dims and has_static_size(read):
             channels.setdefault((read.source, read.dims), Channels(read.dims))
     observers: dict[fx.Node, _Several] = {}
     for (node, _), each in channels.items():

@@ -27,7 +27,7 @@ from graphopt.analysis.spaces import Read, Space, Symmetry, analyze
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.transform.emulation import output_error
 from graphopt.passes.transform.reparameterize import Reparameterization
-from graphopt.passes.transform.site_statistics import Statistics, is_linear_read, observe_reads
+from graphopt.passes.transform.site_statistics import Statistics, has_static_size, is_linear_read, observe_reads
 from graphopt.pipeline import Context, Pass
 
 _GRID = [step / 10 for step in range(11)]
@@ -94,9 +94,15 @@ class Smooth(Pass):
         rewriter = Rewriter(program, self.name)
         spaces = analyze(program).under(Symmetry.DIAGONAL)
         pinned = _pinned_reads(spaces)
-        wanted = [read for space in spaces if space.free for read in space.reads]
+        free = []
+        for space in spaces:
+            if space.free and all(map(has_static_size, space.reads)):
+                free.append(space)
+            elif space.free and space.reads:
+                rewriter.decline(space.reads[0].node, f"{space.name} shares an axis with the batch where it is read")
+        wanted = [read for space in free for read in space.reads]
         statistics = observe_reads(program, [*wanted, *(pinned if self.explicit else ())], context)
-        places = [place for space in spaces if space.free for place in _places(space, statistics)]
+        places = [place for space in free for place in _places(space, statistics)]
         chosen = self._choose(places, program, statistics, context)
         edits = Reparameterization(rewriter)
         for place, alpha in zip(places, chosen, strict=True):

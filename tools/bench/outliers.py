@@ -56,8 +56,8 @@ def measure(training: Training, folder: Path) -> dict[str, Any]:
     """Return KL by model, numerics and recipe."""
     library = corpus.read()
     length = training.shape.context
-    calibration = corpus.even_pieces(library.train, 32, length).split(8)
-    held_out = corpus.even_pieces(library.held_out, 64, length).split(8)
+    calibration = corpus.even_pieces(library.train, 32, length).split(8)  # type: ignore[no-untyped-call]
+    held_out = corpus.even_pieces(library.held_out, 64, length).split(8)  # type: ignore[no-untyped-call]
     text = Text(tuple(calibration), tuple(held_out))
     plain = trained(training, folder)
     models = {"as trained": plain, "outliers planted": plant(plain, calibration[0])}
@@ -78,9 +78,11 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| model | numerics | " + " | ".join(names) + " | best |", "|---|---|" + "---:|" * (len(names) + 1)]
     for model, by_numerics in found["kl"].items():
         for numerics, kl in by_numerics.items():
-            cells = [f"{kl[name]:.2g} (÷{kl['none'] / kl[name]:.1f})" if name != "none" else f"{kl[name]:.2g}" for name in names]
+            gains = {name: f" (÷{kl['none'] / kl[name]:.1f})" for name in names[1:]}
+            cells = [f"{kl[name]:.2g}{gains.get(name, '')}" for name in names]
             best = min(names, key=kl.__getitem__)
-            lines.append(f"| {model} | {numerics} | " + " | ".join(cells) + f" | {best}: ÷{kl['none'] / kl[best]:.1f} |")
+            cells.append(f"{best}: ÷{kl['none'] / kl[best]:.1f}")
+            lines.append("| " + " | ".join([model, numerics, *cells]) + " |")
     rates = ", ".join(f"{name} {value:.3f}" for name, value in found["bits a byte"].items())
     return "\n".join([*lines, "", f"KL in nats a byte. In fp32, bits a byte on held-out text: {rates}."])
 

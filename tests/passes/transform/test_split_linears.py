@@ -85,8 +85,9 @@ class Odd(nn.Module):
 
 
 SHAPE = (2, 5, 4)
+WAYS = ("split", "chunk", "slice", "unbind", "select")
 EXAMPLES = [
-    *(Example(how, lambda how=how: Fused(how), SHAPE, fires=1) for how in ("split", "chunk", "slice", "unbind", "select")),
+    *(Example(how, lambda how=how: Fused(how), SHAPE, fires=1) for how in WAYS),
     Example("no_bias", lambda: Fused("split", bias=False), SHAPE, fires=1),
     Example("gated", Gated, SHAPE, fires=1),
     Example("glu", lambda: Gated(glu=True), SHAPE, fires=1),

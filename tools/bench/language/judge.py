@@ -55,6 +55,7 @@ def bits_per_byte(model: nn.Module, text: Text) -> float:
     """Return the cross-entropy on the held-out text in bits a byte."""
     total, count = 0.0, 0
     for ids in text.held_out:
-        total += float(functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        logits = model(ids[:, :-1]).flatten(0, 1)
+        total += float(functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
         count += ids[:, 1:].numel()
     return total / count / math.log(2)

@@ -79,16 +79,22 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(shape.width, VOCABULARY, bias=False)
         dim = shape.width // shape.heads
         angles = torch.outer(torch.arange(shape.context), 1e4 ** (-torch.arange(0, dim, 2) / dim)).repeat(1, 2)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
 
+    @property
+    def layers(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
-        cos, sin = (table[: ids.shape[1]] for table in (self.cos, self.sin))
-        for block in self.blocks:
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
+        for block in self.layers:
             x = block(x, cos, sin)
         logits: Tensor = self.head(self.norm(x))
         return logits

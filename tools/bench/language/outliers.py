@@ -43,7 +43,7 @@ def plant(model: LanguageModel, ids: Tensor, seed: int = 0, count: int = 6) -> L
         norm.weight[channels] *= factor
         for reader in readers:
             reader.weight[:, channels] /= factor
-    for block in planted.blocks:
+    for block in planted.layers:
         rows, factor = torch.randperm(planted.shape.hidden, generator=generator)[:count], factors()
         block.up.weight[rows] *= factor[:, None]
         block.down.weight[:, rows] /= factor
@@ -52,7 +52,7 @@ def plant(model: LanguageModel, ids: Tensor, seed: int = 0, count: int = 6) -> L
 
 def norms(model: LanguageModel) -> Iterator[tuple[nn.RMSNorm, list[nn.Linear]]]:
     """Yield each norm with the linears that read it."""
-    for block in model.blocks:
+    for block in model.layers:
         yield block.attention_norm, [block.attention.q, block.attention.k, block.attention.v]
         yield block.mlp_norm, [block.gate, block.up]
     yield model.norm, [model.head]
@@ -70,12 +70,13 @@ def principal_axes(model: LanguageModel, ids: Tensor) -> Tensor:
     model(ids)
     for handle in handles:
         handle.remove()
-    return torch.linalg.eigh(moment).eigenvectors.flip(-1)
+    vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+    return vectors.flip(-1)
 
 
 def _rotate(model: LanguageModel, axes: Tensor) -> None:
     model.table.weight.copy_(model.table.weight @ axes)
-    for block in model.blocks:
+    for block in model.layers:
         for writer in (block.attention.o, block.down):
             writer.weight.copy_(axes.mT @ writer.weight)
     for _, readers in norms(model):
