@@ -78,11 +78,13 @@ class Planted:
     def symmetries(self) -> tuple[Symmetric, ...]:
         return tuple(self.description.planted())
 
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Dim], ...] | None:
+        return ({dim: Dim(name) for dim, name in enumerate(self.description.symbols)},) if self.dynamic else None
+
     def program(self) -> Program:
         """Capture the model anew."""
-        names = self.description.symbols
-        shapes = ({dim: Dim(name) for dim, name in enumerate(names)},) if self.dynamic else None
-        return graphopt.capture(self.module, self.inputs, dynamic_shapes=shapes)
+        return graphopt.capture(self.module, self.inputs, dynamic_shapes=self.dynamic_shapes)
 
 
 # Sequences ------------------------------------------------------------------------------------------------------------

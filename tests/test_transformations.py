@@ -8,7 +8,17 @@ import pytest
 import torch
 from graphs import Planted, models
 from hypothesis import HealthCheck, given, settings
-from transformations import TOLERANCE, TRANSFORMATIONS, golden, judge, judge_program, program_of, table
+from transformations import (
+    TOLERANCE,
+    TRANSFORMATIONS,
+    Verdict,
+    captured_wide,
+    golden,
+    judge,
+    judge_program,
+    program_of,
+    table,
+)
 from zoo import CAPTURED, FEW
 
 from graphopt.analysis.spaces import Symmetry, analyze
@@ -74,20 +84,17 @@ def _hidden_size(program: Any) -> int:
 
 
 @given(models())
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_exact_on_generated_models(planted: Planted) -> None:
-    program = planted.program()
-    make_pass("canonicalize").run(program, CONTEXT)
-    program = program.map_weights(lambda name, weight: weight.double() if weight.is_floating_point() else weight)
+    program = captured_wide(planted.module, planted.inputs, planted.dynamic_shapes)
     for key in ("all", "R1 explicit", "smooth explicit"):
         verdict = judge_program(program, TRANSFORMATIONS[key][1])
         assert verdict.error <= TOLERANCE, key
 
 
 def test_the_page_names_what_was_refused_and_why_places_were_skipped() -> None:
-    verdicts = {name: {key: judge("MobileNetV2", "R3") for key in TRANSFORMATIONS} for name in CAPTURED}
-    text = table(verdicts)
+    verdict = Verdict(applied=2, skipped=1, reasons=("layer_norm reads <it>",), error=3e-16)
+    text = table({name: dict.fromkeys(TRANSFORMATIONS, verdict) for name in CAPTURED})
     assert text.count("| MobileNetV2 |") == 1
-    assert "\n## Why places were skipped\n" in text
+    assert "| 2 (1) |" in text and "| 3e-16 |" in text
+    assert "\n- R3: layer\\_norm reads \\<it\\>\n" in text.partition("\n## Why places were skipped\n")[2]

@@ -8,7 +8,7 @@ biases, in embedding and position tables, in class tokens. It must be applied to
 may read x: they alone do not see the mean. Both are what the analysis says of the symmetry `center`.
 
 Exact. Makes the norm rotation-invariant (with its affine folded): run `fold_norm_affine` first, and rotate after.
-Source: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
+Source: Ashkboos et al., "Compress Large Language Models by Deleting Rows and Columns" (2024).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A weight that is also read elsewhere (the embedding table that is the head as we
 unless `untie` says not to. What that costs in bytes stands in the trace.
 
 Exact. A norm without affine is invariant to rotations (an RMS norm) or becomes so (a layer norm, by `center_norms`).
-Source: "SliceGPT: Compress Large Language Models by Deleting Rows and Columns".
+Source: Ashkboos et al., "Compress Large Language Models by Deleting Rows and Columns" (2024).
 """
 
 from __future__ import annotations

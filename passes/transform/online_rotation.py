@@ -9,6 +9,7 @@ are free, these would cost a multiplication.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from graphopt.ir import Program, Rewriter, arguments, operator
 from graphopt.ir.hadamard import factors, matrix_of, orthogonal
 from graphopt.passes.canonicalize.operators import permutation
 
-_KEEPS_SCORES = {"mul", "div", "add", "sub", "where", "masked_fill", "reshape", "_to_copy", "clamp", "neg", "expand"}
+_KEEPS_SCORES = {"where", "masked_fill", "reshape", "expand"}  # besides what works score by score
 _PRODUCTS = {"matmul", "bmm"}
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 
@@ -45,13 +46,24 @@ class QueryKey:
     key: fx.Node
 
 
-def hidden_sites(spaces: Iterable[Space]) -> list[Hidden]:
-    """Return the activations of pinned spaces that an elementwise operator computes and linears read."""
+def hidden_sites(spaces: Iterable[Space], rewriter: Rewriter) -> list[Hidden]:
+    """Return the activations of pinned spaces that an elementwise operator computes and linears read.
+
+    Declined are those that a product by a computed weight reads, as that of an expert chosen at run time is.
+    """
+    elementwise = {node.name for node in rewriter.graph.nodes if _is_pointwise(node)}
     found: dict[fx.Node, dict[fx.Node, Read]] = {}
     for space in spaces:
-        for read in () if space.free or space.norms else space.reads:
-            if operator(read.node) == "linear" and read.partner.op == "get_attr" and _is_pointwise(read.source):
+        if space.free or space.norms:
+            continue
+        for read in space.reads:
+            if operator(read.node) == "linear" and read.partner.op == "get_attr" and read.source.name in elementwise:
                 found.setdefault(read.source, {}).setdefault(read.node, read)
+        products = [read.node for read in space.reads if operator(read.node) in _PRODUCTS]
+        weights = [member.weight for member in space.members if "reads" in member.role]
+        if products and weights and all(pin.node in elementwise for pin in space.pins):
+            reason = f"multiplies by a weight computed from {weights[0]}, not by the weight itself"
+            rewriter.decline(products[0], reason)
     return [Hidden(source, tuple(reads.values())) for source, reads in found.items()]
 
 
@@ -60,17 +72,22 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 
 def query_key_sites(program: Program, spaces: Iterable[Space]) -> list[QueryKey]:
-    """Return the products of two activations that a softmax reads, save those whose space weights can rotate."""
-    free = {read.node for space in spaces if space.free for read in space.reads}
+    """Return the products of two activations that a softmax reads, save those whose whole space weights can rotate."""
+    rotated: Counter[tuple[fx.Node, fx.Node]] = Counter()  # coordinates of each operand that weights can rotate
+    for space in spaces:
+        for read in space.reads if space.free else ():
+            rotated[read.node, read.source] += space.size
     found = []
     for node in program.graph.nodes:
-        named = arguments(node) if node not in free else {}
-        if operator(node) == "scaled_dot_product_attention" and named:
-            found.append(QueryKey(node, named["query"], named["key"]))
-        elif operator(node) in _PRODUCTS and named and _is_scored(node):
-            query, key, *_ = named.values()
-            if "get_attr" not in (query.op, key.op):
-                found.append(QueryKey(node, query, key))
+        if operator(node) == "scaled_dot_product_attention":
+            named = arguments(node)
+            query, key = named["query"], named["key"]
+        elif operator(node) in _PRODUCTS and _is_scored(node):
+            query, key, *_ = arguments(node).values()
+        else:
+            continue
+        if "get_attr" not in (query.op, key.op) and rotated[node, query] < query.meta["val"].shape[-1]:
+            found.append(QueryKey(node, query, key))
     return found
 
 
@@ -80,7 +97,7 @@ def _is_scored(product: fx.Node) -> bool:
         node = pending.pop()
         if operator(node) in _SOFTMAX:
             return True
-        if node not in seen and operator(node) in _KEEPS_SCORES:
+        if node not in seen and (_is_pointwise(node) or operator(node) in _KEEPS_SCORES):
             seen.add(node)
             pending += node.users
     return False

@@ -93,7 +93,7 @@ class Rotate(Pass):
                 why = "; ".join(str(pin) for pin in space.pins[:2])
                 rewriter.decline(space.members[0].weight, f"{space.name} ({space.size}) cannot be rotated: {why}")
         scored = query_key_sites(program, spaces) if self.queries_keys else []
-        hidden = hidden_sites(spaces) if self.hidden else []
+        hidden = hidden_sites(spaces, rewriter) if self.hidden else []
         if context.calibration is not None:
             rewriter.note(sites=self._numbers(changes.values(), hidden, program, context))
         edits = Reparameterization(rewriter)
