@@ -10,6 +10,7 @@ import torch
 from harness import CONTEXT, Example, apply, before, captured, check_means_the_same, four_tests, operators
 from small_decoder import Decoder, example_ids
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graphopt.analysis import node_macs
 from graphopt.calibration import Batches
@@ -155,6 +156,39 @@ def test_spelled_attention_is_transformed_before_the_transposition() -> None:
     assert operators(after).count("graphopt.hadamard") == 2
     check_means_the_same(Rotate(queries_keys=True), example)
     assert any("queries and keys" in site.reason for site in changes.touched)
+
+
+@pytest.mark.parametrize(
+    "options", [{"partial": True}, {"spelled": True, "capped": True}], ids=lambda each: [*each][-1]
+)
+def test_queries_and_keys_of_other_attention(options: dict[str, bool]) -> None:
+    """Half of a head that weights can rotate leaves the other half; what caps scores does not hide the softmax."""
+    example = Example("attention", lambda: Decoder(**options), example_ids)
+    after, _ = apply(Rotate(queries_keys=True), before(example, PASS))
+    assert operators(after).count("graphopt.hadamard") == 2
+    check_means_the_same(Rotate(queries_keys=True), example)
+
+
+class _Experts(nn.Module):
+    """An MLP whose second weight is that of an expert chosen by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Parameter(torch.randn(3, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.down[x[:, 0].argmax().remainder(3)[None]]
+        y: Tensor = functional.silu(self.up(x)) @ chosen
+        return y
+
+
+def test_a_product_by_a_computed_weight_is_declined_by_name() -> None:
+    example = Example("experts", _Experts, (2, 5, 6))
+    after, changes = apply(Rotate(residual=False, values=False, hidden=True), before(example, PASS))
+    assert "graphopt.hadamard" not in operators(after)
+    assert [site.reason for site in changes.skipped] == [
+        "multiplies by a weight computed from down, not by the weight itself"
+    ]
 
 
 def test_explicit_writers_only_where_that_frees_the_residual() -> None:

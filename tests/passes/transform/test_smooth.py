@@ -11,13 +11,14 @@ from small_decoder import Decoder, example_ids
 from torch import Tensor, nn
 from torch.nn import functional
 
+import graphopt
 from graphopt.analysis.numerics import quantized_rows
 from graphopt.calibration import Batches
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, operator, verify
 from graphopt.passes import Smooth
 from graphopt.passes.transform.smooth import smoothing_scale
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, make_pass
 from graphopt.pipeline.validation import Validator
 
 PASS = Smooth()
@@ -190,6 +191,32 @@ def test_data_of_nothing_but_nan_is_refused() -> None:
     program = before(HIDDEN, PASS)
     with pytest.raises(GraphoptError, match="NaN or infinity"):
         _run(PASS, program, [torch.full((7, 6), torch.nan)])
+
+
+class _Folded(nn.Module):
+    """Values whose heads are one axis with the batch where the scores read them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            each(x).unflatten(-1, (2, 4)).transpose(1, 2).reshape(batch * 2, length, 4)
+            for each in (self.q, self.k, self.v)
+        )
+        y = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+        z: Tensor = self.o(y.view(batch, 2, length, 4).transpose(1, 2).flatten(2))
+        return z
+
+
+def test_a_space_read_along_the_batch_is_declined_by_name() -> None:
+    module = _Folded().eval()
+    program = graphopt.capture(module, (torch.randn(3, 5, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    make_pass("canonicalize").run(program, CONTEXT)
+    _, changes = _run(PASS, program)
+    assert any("shares an axis with the batch where it is read" in site.reason for site in changes.skipped)
 
 
 def test_a_program_without_places_is_left_alone() -> None:
