@@ -32,7 +32,7 @@ from graphopt.analysis.spaces import Space, Symmetry, analyze
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter
 from graphopt.ir.hadamard import orthogonal
-from graphopt.passes.transform.explicit_writers import put_linears_behind_norms
+from graphopt.passes.transform.explicit_linears import put_linears_behind_norms
 from graphopt.passes.transform.online_rotation import (
     Hidden,
     hidden_rotation,
@@ -62,7 +62,8 @@ class Rotate(Pass):
         block_size: rotate blocks of so many coordinates apart; 0: the whole space.
         file: path of a .npy file with an orthogonal matrix Q [n, n], by which spaces of n coordinates that norms read
             are rotated, x -> x Q.
-        explicit: where a norm writes a residual, put one linear behind it, which carries the rotation at run time.
+        explicit: where a norm writes a residual, or its affine is read by others than linears, put one linear behind
+            it, which carries the rotation at run time.
         activation_bits: at which the trace tells the quantization error of what was rotated, where calibration data is
             given.
     """

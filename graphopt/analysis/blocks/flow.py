@@ -4,15 +4,15 @@ Weights are no part of it, nor what is computed from them alone, nor whole numbe
 inputs (token ids, positions, masks): these are arguments of the operators that read them. What is left are floating
 tensors computed from an input, and whatever is computed from those (codes of a quantizer, parts of a split).
 
-A node `j` post-dominates `v` when every path from `v` to an output passes `j`. As the numbers of the nodes are a
-topological order, one sweep from the outputs finds the immediate post-dominators, each the meeting point of those of
-the readers ("A Simple, Fast Dominance Algorithm", which needs no second round on a graph without cycles).
+A node `j` post-dominates `v` when every path from `v` to an output passes `j`; the nodes that all paths from a stream's
+start pass, its articulation points, are the start's post-dominators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import networkx
 import torch
 from torch import Tensor, fx
 
@@ -116,16 +116,15 @@ class Flow:
         return onward
 
     def _post_dominators(self) -> tuple[list[int], list[int]]:
-        after, level = [self.exit] * (self.exit + 1), [0] * (self.exit + 1)
+        """Dominators of the reversed graph, from the exit."""
+        backwards = networkx.DiGraph()
+        backwards.add_node(self.exit)
+        backwards.add_edges_from((reader, i) for i, readers in enumerate(self.onward) for reader in readers)
+        found = networkx.immediate_dominators(backwards, self.exit)
+        after = [found[i] for i in range(self.exit)] + [self.exit]
+        level = [0] * (self.exit + 1)
         for i in reversed(range(self.exit)):
-            meet, *others = self.onward[i]
-            for other in others:
-                while meet != other:  # the smaller number cannot lie behind the larger: move it on
-                    if meet < other:
-                        meet = after[meet]
-                    else:
-                        other = after[other]
-            after[i], level[i] = meet, level[meet] + 1
+            level[i] = level[after[i]] + 1
         return after, level
 
     def _intervals(self) -> tuple[list[int], list[int]]:

@@ -191,16 +191,44 @@ def test_a_product_by_a_computed_weight_is_declined_by_name() -> None:
     ]
 
 
-def test_explicit_writers_only_where_that_frees_the_residual() -> None:
+def test_explicit_linears_only_where_that_frees_the_residual() -> None:
     after, changes = apply(Rotate(explicit=True), before(POST, PASS))
     assert changes.facts["explicit_linears"] == 1
     assert changes.facts["explicit_macs_per_token"] == 12 * 12
     assert [site.reason for site in changes.touched if "now a linear" in site.reason] == [
-        "writes the residual: now a linear [12, 12] does, 144 MACs a token"
+        "writes the residual: now a linear does, [12, 12], 144 MACs a token"
     ]
     assert "after.rotation.weight" in after.weights
     _, changes = apply(Rotate(explicit=True), before(PRE, PASS))
     assert "explicit_linears" not in changes.facts
+
+
+class _Returned(nn.Module):
+    """A stream whose last norm, with its affine, is returned beside what a head makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(11, 8), nn.RMSNorm(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.last, self.head = nn.RMSNorm(8), nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        x = self.last(x + self.down(functional.silu(self.up(self.norm(x)))))
+        return x, self.head(x)
+
+
+def test_a_returned_norm_needs_one_explicit_linear() -> None:
+    example = Example("returned", _Returned, example_ids)
+    program = before(example, PASS)
+    assert not apply(PASS, program)[1].touched
+    after, changes = apply(Rotate(explicit=True), program)
+    assert changes.facts["explicit_macs_per_token"] == 8 * 8
+    reasons = [site.reason for site in changes.touched]
+    assert reasons[0] == "has an affine that others than linears read: now a linear takes it, [8, 8], 64 MACs a token"
+    assert reasons[-1] == "rotated table.out (8), 6 weights"
+    assert "last.rotation.weight" in after.weights
+    check_means_the_same(Rotate(explicit=True), example)
 
 
 def test_numbers_before_and_after_where_data_is_given() -> None:

@@ -1,9 +1,10 @@
-"""Put a linear behind each norm that writes a residual.
+"""Put a linear behind each norm that writes a residual, or whose affine others than linears read.
 
     x + norm(y; weight, bias)  ->  x + linear(norm(y), diag(weight), bias)
+    return norm(x)             ->  return linear(norm(x), diag(weight), bias)
 
-The linear is a writer like any other, so the residual can be centered and rotated; what it costs at run time is its
-product. Linears that read the norm's output keep doing so: they can take its affine in themselves.
+The linear writes and reads like any other, so the residual can be centered and rotated; what it costs at run time is
+its product. Linears that read the norm's output keep doing so: they can take its affine in themselves.
 """
 
 from __future__ import annotations
@@ -23,32 +24,37 @@ _MOVES = {"reshape", "permute", "transpose", "slice", "select", "unsqueeze", "sq
 
 
 def put_linears_behind_norms(rewriter: Rewriter) -> None:
-    """Give norms that write a residual an identity linear for what is no linear itself, and fold and center all norms.
+    """Give norms in the way of a rotation an identity linear for what is no linear itself; fold and center all norms.
 
     Only where the residual can be rotated then, which is tried on a copy. How many multiply-accumulates a token that
     takes goes into the trace.
     """
-    found = _writing_norms(rewriter.program)
+    found = _norms_in_the_way(rewriter.program)
     trial = Rewriter(rewriter.program.clone(), rewriter.author)
     nodes = {node.name: node for node in trial.graph.nodes}
-    tried = {norm: _put_linear(nodes[norm.name], trial) for norm in found}
+    tried = {norm: _put_linear(nodes[norm.name], why, trial) for norm, why in found.items()}
     _fold_and_center(trial)
     rotatable = {member.node for space in analyze(trial.program).under(Symmetry.ORTHOGONAL)
-                 if space.free and space.norms for member in space.members if member.axis == 0}  # fmt: skip
+                 if space.free and space.norms for member in space.members}  # fmt: skip
     put = []
     for norm, linear in tried.items():
         if linear is not None and arguments(linear)["weight"] in rotatable:
-            put.append(_put_linear(norm, rewriter))
+            put.append(_put_linear(norm, found[norm], rewriter))
     if put:
         _fold_and_center(rewriter)
         sizes = [int(linear.meta["val"].shape[-1]) ** 2 for linear in put if linear is not None]
         rewriter.note(explicit_linears=len(put), explicit_macs_per_token=sum(sizes))
 
 
-def _writing_norms(program: Program) -> list[fx.Node]:
-    """Return the norms whose output enters a space that norms read."""
+def _norms_in_the_way(program: Program) -> dict[fx.Node, str]:
+    """Return with the reason the norms that write a space which norms read, and those whose affine was not folded."""
     spaces = [space for space in analyze(program).under(Symmetry.ORTHOGONAL) if space.norms]
-    return list(dict.fromkeys(norm for space in spaces for norm in space.norms_before))
+    found = {norm: "writes the residual: now a linear does" for space in spaces for norm in space.norms_before}
+    for norm in (norm for space in spaces for norm in space.norms):
+        named = arguments(norm)
+        if named.get("weight") is not None or named.get("bias") is not None:
+            found.setdefault(norm, "has an affine that others than linears read: now a linear takes it")
+    return found
 
 
 def _fold_and_center(rewriter: Rewriter) -> None:
@@ -58,7 +64,7 @@ def _fold_and_center(rewriter: Rewriter) -> None:
     rewriter.sweep()
 
 
-def _put_linear(norm: fx.Node, rewriter: Rewriter) -> fx.Node | None:
+def _put_linear(norm: fx.Node, why: str, rewriter: Rewriter) -> fx.Node | None:
     """Return the linear; None where none is needed."""
     readers = [user for user in norm.users if not _is_read_by_linears(user)]
     if not readers:
@@ -70,7 +76,7 @@ def _put_linear(norm: fx.Node, rewriter: Rewriter) -> fx.Node | None:
     linear = rewriter.insert(aten.linear.default, norm, identity, None, before=norm.next, origin=[norm])
     for reader in readers:
         rewriter.redirect(reader, norm, linear)
-    rewriter.touch(norm, f"writes the residual: now a linear [{size}, {size}] does, {size * size:,} MACs a token")
+    rewriter.touch(norm, f"{why}, [{size}, {size}], {size * size:,} MACs a token")
     return linear
 
 
