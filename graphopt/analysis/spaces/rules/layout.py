@@ -338,14 +338,16 @@ def index(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
 @rule("gather", "take_along_dim")
 def gather(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     """out[.., i, ..] = x[.., index[.., i, ..], ..]: along other axes the change passes where the index is the same."""
-    axes, indices = flow.of(named["self"]), flow.of(named["index"])
+    source = named["index"] if "index" in named else named["indices"]
+    axes, indices = flow.of(named["self"]), flow.of(source)
+    if not isinstance(named.get("dim"), int):
+        return _lost(flow, node, named)  # of all elements in a row
     dim = named["dim"] % max(len(axes), 1)
-    source = named["index"]
     constant = [False] * len(axes)
     if isinstance(source, fx.Node) and operator(source) == "expand":
         before = sizes_of(source.args[0])
         constant = [b != a for b, a in zip([ONE] * (len(axes) - len(before)) + before, sizes_of(source), strict=True)]
-    old, new = sizes_of(named["self"]), sizes_of(named["index"])
+    old, new = sizes_of(named["self"]), sizes_of(source)
     out: Axes = []
     for other, axis in enumerate(axes):
         if other == dim:

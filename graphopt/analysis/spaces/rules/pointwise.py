@@ -66,7 +66,7 @@ def odd(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
 @rule(
     "silu", "gelu", "sigmoid", "exp", "exp2", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal", "cos",
     "cosh", "acos", "acosh", "atanh", "ceil", "floor", "round", "trunc", "frac", "hardswish", "hardsigmoid",
-    "softplus", "mish", "elu", "selu", "celu", "log_sigmoid", "log_sigmoid_forward", "hardshrink", "softshrink",
+    "softplus", "mish", "elu", "selu", "celu", "log_sigmoid", "hardshrink", "softshrink",
     "threshold", "erfc", "square", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "nan_to_num",
     "logit", "relu6", "hardtanh",
 )  # fmt: skip

@@ -40,7 +40,16 @@ def reduction(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     if named.get("keepdim"):
         out = [[] if dim in gone else axis for dim, axis in enumerate(axes)]
     value: Any = node.meta["val"]
-    return out if isinstance(value, Tensor) else tuple(list(out) for _ in value)
+    return out if isinstance(value, Tensor) else (out, _places(flow, out))
+
+
+def _places(flow: Flow, axes: Axes) -> Axes:
+    """Return the axes of numbers that say where the values on `axes` were found: no change of values changes them."""
+    copies = [copied(axis) for axis in axes]
+    for axis, copy in zip(axes, copies, strict=True):
+        flow.tie(axis, copy, 0)
+    flow.pin_all(copies, f"is where {operator(flow.node)} found them", LINEAR)
+    return copies
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
@@ -70,7 +79,8 @@ def cumulative(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     axes = flow.of(next(iter(named.values())))
     dim = named["dim"] % max(len(axes), 1)
     for index, axis in enumerate(axes):
-        flow.pin(axis, "accumulates over it", ALL if index == dim else LINEAR)
+        if index == dim or operator(node) != "cumsum":
+            flow.pin(axis, "accumulates over it", ALL if index == dim else LINEAR)
     flow.mix(axes[dim : dim + 1], [*axes[:dim], *axes[dim + 1 :]])
     return axes
 
@@ -125,11 +135,11 @@ def norm(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     return [*axes[:first], *out]
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "instance_norm")
+@rule("batch_norm", "instance_norm")
 def batch_norm(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     """One affine map a channel: the running statistics scale with the input, weight and bias with the output."""
     axes = flow.of(named["input"])
-    if not isinstance(node.meta.get("val"), Tensor) or named.get("training") or named.get("use_input_stats"):
+    if named.get("training") or named.get("use_input_stats"):
         return unknown(flow, node, named)
     if len(axes) < 2:
         return axes
@@ -211,4 +221,5 @@ def max_pool(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     flow.pin_all(axes[len(axes) - count :], f"is {name}, which moves a window over it")
     sizes = list(value[0].shape)[len(axes) - count :]
     made = [flow.pinned(size, f"is what {name} writes") for size in sizes]
-    return tuple([*axes[: len(axes) - count], *made] for _ in value)
+    out = [*axes[: len(axes) - count], *made]
+    return out, _places(flow, out)
