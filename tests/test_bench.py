@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
@@ -252,3 +253,59 @@ def test_the_machine_is_described_as_json(bench: dict[str, ModuleType]) -> None:
     described = json.loads(json.dumps(bench["machine"].describe()))
     assert described["cores"] >= 1
     assert described["vnni"] in (True, False, None)
+
+
+@pytest.fixture
+def language(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The modules of the outlier and equalization benchmarks."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = ("language", "language.model", "language.outliers", "language.corpus", "equalization", "outliers", "scale")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    modules = {name: importlib.import_module(name) for name in names}
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return modules
+
+
+def test_planted_outliers_are_there_and_leave_the_function(language: dict[str, ModuleType]) -> None:
+    torch.manual_seed(0)
+    shape = language["language.model"].Shape(width=32, hidden=48, layers=2, heads=4, groups=2, context=16)
+    model = language["language.model"].LanguageModel(shape).eval()
+    ids = torch.randint(256, (4, 16))
+    planted = language["language.outliers"].plant(model, ids, count=2)
+    with torch.no_grad():
+        expected, found = model(ids), planted(ids)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    gains = planted.norm.weight
+    assert (gains.abs() > 19).sum() == 2 and gains.abs().median() < 2
+
+
+def test_an_unbalanced_network_computes_the_same(language: dict[str, ModuleType]) -> None:
+    torch.manual_seed(0)
+    model = language["equalization"].DepthwiseCNN().eval()
+    unbalanced = language["equalization"].unbalance(model)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(unbalanced(x), model(x), rtol=1e-4, atol=1e-4)
+    ranges = unbalanced.body[0].weight.abs().amax((1, 2, 3)) * unbalanced.body[1].weight.abs()
+    assert ranges.max() > 50 * ranges.min()
+
+
+def test_the_text_is_split_by_file_and_the_same_each_time(language: dict[str, ModuleType]) -> None:
+    corpus = language["language.corpus"]
+    one, again = corpus.read(), corpus.read()
+    assert torch.equal(one.train, again.train) and len(one.held_out) > 10_000
+    pieces = corpus.even_pieces(one.held_out, 3, 16)
+    assert pieces.shape == (3, 16) and pieces.dtype == torch.int64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["outliers.py --tiny", "scale.py --layers 2 --width 64"])
+def test_the_benchmarks_of_spaces_run(command: str) -> None:
+    script, *options = command.split()
+    done = subprocess.run([sys.executable, str(BENCH / script), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("| ") and done.stdout.count("\n") >= 3

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,7 +62,8 @@ class Analysis:
         """Return the spaces of one symmetry, pinned ones included: axes that must undergo one and the same change."""
         symmetry = Symmetry(symmetry)
         if symmetry not in self._under:
-            self._under[symmetry] = tuple(_spaces(self._flow, self._demands, self._places, symmetry))
+            with _collector_paused():
+                self._under[symmetry] = tuple(_spaces(self._flow, self._demands, self._places, symmetry))
         return self._under[symmetry]
 
     def __str__(self) -> str:
@@ -69,8 +72,21 @@ class Analysis:
 
 def analyze(program: Program) -> Analysis:
     """Find the spaces of a program. Linear in the number of nodes; an operator without a rule pins what it touches."""
-    flow = trace(program)
-    return Analysis(program, flow, spread(flow), _places(flow))
+    with _collector_paused():
+        flow = trace(program)
+        return Analysis(program, flow, spread(flow), _places(flow))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's cycle collector from running: all that is made here stays, and looking through it doubles the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _with(space: Space, symmetries: frozenset[str]) -> Space:

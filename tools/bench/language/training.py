@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,8 @@ def train(training: Training) -> LanguageModel:
     groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, training.learning_rate, betas=(0.9, 0.95))
     length = training.shape.context
-    for step in track(range(training.steps), "training the language model"):
+    shown = Console(stderr=True)
+    for step in track(range(training.steps), "training the language model", console=shown):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * _schedule(step, training)
         ids = text.batch(training.batch, length + 1, generator)
