@@ -79,7 +79,7 @@ def analyze(program: Program) -> Analysis:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep Python's cycle collector from running: all that is made here stays, and looking through it doubles the time."""
+    """Keep Python's cycle collector from running: all that is made here stays; going through it doubles the time."""
     running = gc.isenabled()
     gc.disable()
     try:
