@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from graphopt.passes.canonicalize.canonicalize import Canonicalize
     from graphopt.passes.fold.batch_norm import FoldBatchNorm
     from graphopt.passes.fold.center_norms import CenterNorms
+    from graphopt.passes.fold.layer_scale import FoldLayerScale
     from graphopt.passes.fold.norm_affine import FoldNormAffine
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
@@ -32,6 +33,7 @@ _MODULES = {
     "CenterNorms": "fold.center_norms",
     "Equalize": "transform.equalize",
     "FoldBatchNorm": "fold.batch_norm",
+    "FoldLayerScale": "fold.layer_scale",
     "FoldNormAffine": "fold.norm_affine",
     "FoldWeightNorm": "fold.weight_norm",
     "MergeLinears": "transform.merge_linears",
@@ -46,9 +48,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "Canonicalize", "CenterNorms", "Equalize", "FoldBatchNorm", "FoldNormAffine", "FoldWeightNorm",
-    "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate",
-    "Smooth", "SplitLinears",
+    "AbsorbBias", "Canonicalize", "CenterNorms", "Equalize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine",
+    "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic",
+    "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
 ]  # fmt: skip
 
 

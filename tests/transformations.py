@@ -29,6 +29,7 @@ from graphopt.passes import (
     CenterNorms,
     Equalize,
     FoldBatchNorm,
+    FoldLayerScale,
     FoldNormAffine,
     MergeLinears,
     Permute,
@@ -46,6 +47,7 @@ GOLDEN = Path(__file__).with_name("transformations.json")
 TRANSFORMATIONS: dict[str, tuple[str, tuple[Pass, ...]]] = {
     "fold": ("affines of norms into their readers", (FoldNormAffine(),)),
     "center": ("means of layer norms into the writers", (CenterNorms(),)),
+    "scale": ("vectors behind branches into the linears before them", (FoldLayerScale(),)),
     "split": ("fused linears into their parts", (SplitLinears(),)),
     "merge": ("linears that read the same into one", (MergeLinears(),)),
     "equalize": ("channel ranges between layers", (FoldBatchNorm(), Equalize())),

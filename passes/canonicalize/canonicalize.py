@@ -7,6 +7,7 @@
     native_batch_norm(x)[0]         ->  batch_norm(x)                     (composites)
     addmm(b, x, wᵀ)                 ->  linear(x, w, b)                   (linear)
     x * rsqrt(mean(x²) + eps) * w   ->  rms_norm(x, w, eps)               (rms_norm)
+    rms_norm(x - mean(x)) * w + b   ->  layer_norm(x, w, b)               (layer_norm)
     x/2 * (1 + erf(x / sqrt(2)))    ->  gelu(x)                           (gelu)
     mean(x, [2, 3])                 ->  adaptive_avg_pool2d(x, 1)         (pool)
 
@@ -22,7 +23,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from graphopt.ir import Changes, Program, Rewriter, Rule, apply_rules
-from graphopt.passes.canonicalize import composites, gelu, identities, layout, linear, pool, rms_norm
+from graphopt.passes.canonicalize import composites, gelu, identities, layer_norm, layout, linear, pool, rms_norm
 from graphopt.passes.canonicalize.constants import evaluate_constants
 from graphopt.passes.canonicalize.duplicates import share_duplicates
 from graphopt.pipeline import Context, Pass
@@ -43,6 +44,7 @@ class Canonicalize(Pass):
         *layout.RULES,
         *linear.RULES,
         *rms_norm.RULES,
+        *layer_norm.RULES,
         *gelu.RULES,
         *pool.RULES,
     )

@@ -64,7 +64,7 @@ def _without_mean(norm: fx.Node, rewriter: Rewriter) -> None:
 class CenterNorms(Pass):
     """Make layer norms RMS norms by centering what writes their input."""
 
-    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_norm_affine")
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_layer_scale", "fold_norm_affine")
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)

@@ -68,7 +68,7 @@ class Rotate(Pass):
             given.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_norm_affine", "center_norms")
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_layer_scale", "fold_norm_affine", "center_norms")
 
     kind: Literal["hadamard", "orthogonal"] = "hadamard"
     residual: bool = True
