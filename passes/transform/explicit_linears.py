@@ -9,6 +9,8 @@ its product. Linears that read the norm's output keep doing so: they can take it
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import fx
 
@@ -32,29 +34,43 @@ def put_linears_behind_norms(rewriter: Rewriter) -> None:
     found = _norms_in_the_way(rewriter.program)
     trial = Rewriter(rewriter.program.clone(), rewriter.author)
     nodes = {node.name: node for node in trial.graph.nodes}
-    tried = {norm: _put_linear(nodes[norm.name], why, trial) for norm, why in found.items()}
+    tried = {way: _put_linear(nodes[way.norm.name], way.why, trial) for way in found}
     _fold_and_center(trial)
-    rotatable = {member.node for space in analyze(trial.program).under(Symmetry.ORTHOGONAL)
+    rotatable = {(member.node, member.axis) for space in analyze(trial.program).under(Symmetry.ORTHOGONAL)
                  if space.free and space.norms for member in space.members}  # fmt: skip
     put = []
-    for norm, linear in tried.items():
-        if linear is not None and arguments(linear)["weight"] in rotatable:
-            put.append(_put_linear(norm, found[norm], rewriter))
+    for way, linear in tried.items():
+        if linear is not None and (arguments(linear)["weight"], way.axis) in rotatable:
+            put.append(_put_linear(way.norm, way.why, rewriter))
     if put:
         _fold_and_center(rewriter)
         sizes = [int(linear.meta["val"].shape[-1]) ** 2 for linear in put if linear is not None]
         rewriter.note(explicit_linears=len(put), explicit_macs_per_token=sum(sizes))
 
 
-def _norms_in_the_way(program: Program) -> dict[fx.Node, str]:
-    """Return with the reason the norms that write a space which norms read, and those whose affine was not folded."""
+class _Way(NamedTuple):
+    """A norm in the way of a rotation, and the axis of its linear that is to be rotated."""
+
+    norm: fx.Node
+    axis: int
+    why: str
+
+
+def _norms_in_the_way(program: Program) -> list[_Way]:
+    """Return the norms that write a space which norms read, and those whose affine alone was not folded.
+
+    A space that one norm reads is no residual: a rotation of it would end at the norm's own linear.
+    """
     spaces = [space for space in analyze(program).under(Symmetry.ORTHOGONAL) if space.norms]
-    found = {norm: "writes the residual: now a linear does" for space in spaces for norm in space.norms_before}
-    for norm in (norm for space in spaces for norm in space.norms):
+    found = {
+        norm: _Way(norm, 0, "writes the residual: now a linear does") for space in spaces for norm in space.norms_before
+    }
+    for norm in (norm for space in spaces if len(space.norms) > 1 for norm in space.norms):
         named = arguments(norm)
         if named.get("weight") is not None or named.get("bias") is not None:
-            found.setdefault(norm, "has an affine that others than linears read: now a linear takes it")
-    return found
+            why = "has an affine that others than linears read: now a linear takes it"
+            found.setdefault(norm, _Way(norm, 1, why))
+    return list(found.values())
 
 
 def _fold_and_center(rewriter: Rewriter) -> None:

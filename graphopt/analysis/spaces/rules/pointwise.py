@@ -161,7 +161,7 @@ def scaled(flow: Flow, x: Axis, place: tuple[fx.Node, int], vector: Axis) -> Axi
     flow.tie(x, out, 0)
     flow.role(*place, "scale")
     for axis in (x, out):
-        flow.pin(axis, f"multiplies each coordinate by its own weight ({place[0].target}): fold that first", MIXES)
+        flow.pin(axis, f"multiplies each coordinate by its own weight ({place[0].target})", MIXES)
     flow.absorb(place, vector, x, out)
     return out
 
