@@ -17,6 +17,7 @@ Demands hold for whole axes; `relation` spreads them over the leaf slots that th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -239,9 +240,19 @@ def _apply(flow: Flow, node: fx.Node) -> None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor | tuple | list):
         return  # arithmetic on sizes
-    known = RULES.get(operator(node), unknown)
-    outputs = known(flow, node, arguments(node))
-    flow.axes[node] = outputs
+    known, named = RULES.get(operator(node), unknown), arguments(node)
+    outputs: Outputs | None = None
+    # An overload that a rule was not written for lacks arguments, or returns several tensors instead of one.
+    with suppress(LookupError):
+        outputs = known(flow, node, named)
+    flow.axes[node] = outputs if outputs is not None and _fits(outputs, value) else unknown(flow, node, named)
+
+
+def _fits(outputs: Outputs, value: Tensor | Sequence[object]) -> bool:
+    """True where there is an axis for each of a tensor, or of each tensor of a tuple."""
+    if isinstance(value, Tensor):
+        return isinstance(outputs, list) and len(outputs) == value.dim()
+    return isinstance(outputs, tuple) and len(outputs) == len(value)
 
 
 def unknown(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:

@@ -372,3 +372,28 @@ def _of_writer(analysis: Analysis, symmetry: Symmetry) -> list[Space]:
     """Return the spaces in which the axis that `up` writes lies: several where an operator splits it."""
     places = [(space, member) for space in analysis.under(symmetry) for member in space.members]
     return [space for space, member in places if member.weight == "up" and member.axis == 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("log_sigmoid_forward", lambda op, x: op(x)[0]),
+        ("take_along_dim", lambda op, x: op(x, aten.argmax.default(x))),
+        ("repeat_interleave.self_int", lambda op, x: aten.reshape.default(op(x, 2), [2, 6, N])),
+        ("max", lambda op, x: aten.mul.Tensor(x, op(x))),
+    ],
+)
+def test_a_form_that_no_rule_was_written_for_pins(name: str, call: Callable[..., Any]) -> None:
+    program = program_of(Sample(name, "", call))
+    analysis = analyze(program)
+    assert not any(space.free for space in _of_writer(analysis, Symmetry.DIAGONAL))
+    assert_free(program, analysis)
+
+
+def test_a_rule_that_fails_or_returns_too_little_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of(Sample("neg", "", lambda op, x: op(x)))
+    for broken in (lambda flow, node, named: flow.of(named["nothing"]), lambda flow, node, named: []):
+        monkeypatch.setitem(RULES, "neg", broken)
+        analysis = analyze(program)
+        (space,) = _of_writer(analysis, Symmetry.DIAGONAL)
+        assert "neg_default is neg, which the analysis does not know" in map(str, space.pins)
