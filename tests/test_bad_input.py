@@ -539,9 +539,13 @@ def test_a_file_system_that_takes_no_more(tmp_path: Path) -> None:
 
 
 def test_interrupt(tmp_path: Path) -> None:
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what runs in the background ignore it
+
     done = graphopt_process(
         *("optimize", "cli_models:static", "--evaluate", "cli_models:interrupting_metric", "-o", "run"),
         folder=tmp_path,
+        preexec_fn=heed,
     )
     assert "interrupted" in one_sentence(done.stderr)
     assert done.returncode == 2
