@@ -515,6 +515,7 @@ def graphopt_process(*arguments: str | Path, folder: Path, **options: Any) -> su
     (folder / "tmp").mkdir()
     path = os.pathsep.join(each for each in (str(TESTS), os.environ.get("PYTHONPATH")) if each)
     environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent)  # torch makes one on import, among temporary files
     command = [sys.executable, "-m", "graphopt", *(str(each) for each in arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=120, **options)
 
