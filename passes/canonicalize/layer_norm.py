@@ -9,15 +9,13 @@ Exact over the reals.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from graphopt.ir import Match, Rewriter, arguments, is_floating, operator, rule, static_shape
+from graphopt.ir import Match, Rewriter, arguments, operator, rule
 from graphopt.ir.rules import constant, sole_user
 from graphopt.passes.canonicalize.operators import uncast
-from graphopt.passes.canonicalize.rms_norm import one_dtype
+from graphopt.passes.canonicalize.rms_norm import beside_vector, one_dtype
 
 _layer_norm = torch.ops.aten.layer_norm.default
 
@@ -52,29 +50,21 @@ def recognise_layer_norm(match: Match, rewriter: Rewriter) -> None:
     rewriter.touch(match.root, "spelled-out layer norm")
 
 
-def _with_vector(node: fx.Node, name: str, missing: tuple[str, ...]) -> Match | None:
-    """Match `name`(layer_norm, vector) where the norm lacks some of its affine."""
-    if operator(node) != name or arguments(node).get("alpha", 1) != 1:
-        return None
-    both = arguments(node)["self"], arguments(node)["other"]
-    for norm, vector in (both, both[::-1]):
-        if operator(norm) != "layer_norm" or not isinstance(vector, fx.Node) or not is_floating(vector):
-            continue
-        named: dict[str, Any] = arguments(norm)
-        if len(named["normalized_shape"]) != 1 or any(named.get(part) is not None for part in missing):
-            continue
-        shape = static_shape(vector)
-        if vector.op == "get_attr" and shape and shape == (1,) * (len(shape) - 1) + (named["normalized_shape"][-1],):
-            return Match(node, {"norm": norm, "weight": vector})
-    return None
+def _lacks(norm: object, *parts: str) -> bool:
+    if not isinstance(norm, fx.Node) or operator(norm) != "layer_norm":
+        return False
+    named = arguments(norm)
+    return len(named["normalized_shape"]) == 1 and all(named.get(part) is None for part in parts)
 
 
 def _scaled(node: fx.Node) -> Match | None:
-    return _with_vector(node, "mul", ("weight", "bias"))
+    return beside_vector(node, lambda norm: _lacks(norm, "weight", "bias")) if operator(node) == "mul" else None
 
 
 def _shifted(node: fx.Node) -> Match | None:
-    return _with_vector(node, "add", ("bias",))
+    if operator(node) != "add" or arguments(node).get("alpha", 1) != 1:
+        return None
+    return beside_vector(node, lambda norm: _lacks(norm, "bias"))
 
 
 @rule(match=_scaled, needs=[constant("weight"), one_dtype], worth=[sole_user("norm")])

@@ -9,6 +9,7 @@ Exact over the reals. Casts between floating types inside the pattern are looked
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,17 +130,20 @@ def _is_plain(node: object) -> bool:
     return isinstance(node, fx.Node) and operator(node) == "rms_norm" and arguments(node)["weight"] is None
 
 
-def _scaled(node: fx.Node) -> Match | None:
-    if operator(node) != "mul":
-        return None
+def beside_vector(node: fx.Node, accepts: Callable[[object], bool]) -> Match | None:
+    """Match a norm over the last axis that `accepts` knows, and a weight [D] or [1, ..., D], in either order."""
     named = arguments(node)
     for norm, weight in ((named["self"], named["other"]), (named["other"], named["self"])):
-        if _is_plain(norm) and isinstance(weight, fx.Node) and is_floating(weight):
+        if accepts(norm) and isinstance(weight, fx.Node) and is_floating(weight):
             width = arguments(norm)["normalized_shape"][-1]
             shape = static_shape(weight)
             if weight.op == "get_attr" and shape and shape == (1,) * (len(shape) - 1) + (width,):
                 return Match(node, {"norm": norm, "weight": weight})
     return None
+
+
+def _scaled(node: fx.Node) -> Match | None:
+    return beside_vector(node, _is_plain) if operator(node) == "mul" else None
 
 
 def one_dtype(match: Match, program: Program) -> str:

@@ -257,7 +257,8 @@ def _fits(outputs: Outputs, value: Tensor | Sequence[object]) -> bool:
 
 def unknown(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     """Pin everything an operator touches: nothing is known of it."""
-    reason = f"is {operator(node) or node.target}, which the analysis does not know"
+    form = "in a form that its rule does not know" if operator(node) in RULES else "which the analysis does not know"
+    reason = f"is {operator(node) or node.target}, {form}"
     for source in node.all_input_nodes:
         outputs = flow.axes.get(source, [])
         for axes in outputs if isinstance(outputs, tuple) else [outputs]:

@@ -396,4 +396,4 @@ def test_a_rule_that_fails_or_returns_too_little_pins(monkeypatch: pytest.Monkey
         monkeypatch.setitem(RULES, "neg", broken)
         analysis = analyze(program)
         (space,) = _of_writer(analysis, Symmetry.DIAGONAL)
-        assert "neg_default is neg, which the analysis does not know" in map(str, space.pins)
+        assert "neg_default is neg, in a form that its rule does not know" in map(str, space.pins)

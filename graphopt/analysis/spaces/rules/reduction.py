@@ -40,15 +40,15 @@ def reduction(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     if named.get("keepdim"):
         out = [[] if dim in gone else axis for dim, axis in enumerate(axes)]
     value: Any = node.meta["val"]
-    return out if isinstance(value, Tensor) else (out, _places(flow, out))
+    return out if isinstance(value, Tensor) else (out, _beside(flow, out))
 
 
-def _places(flow: Flow, axes: Axes) -> Axes:
-    """Return the axes of numbers that say where the values on `axes` were found: no change of values changes them."""
+def _beside(flow: Flow, axes: Axes) -> Axes:
+    """Return the axes of what is returned beside the values on `axes`, as their places: it does not change alike."""
     copies = [copied(axis) for axis in axes]
     for axis, copy in zip(axes, copies, strict=True):
         flow.tie(axis, copy, 0)
-    flow.pin_all(copies, f"is where {operator(flow.node)} found them", LINEAR)
+    flow.pin_all(copies, f"is what {operator(flow.node)} returns beside its values", LINEAR)
     return copies
 
 
@@ -222,4 +222,4 @@ def max_pool(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     sizes = list(value[0].shape)[len(axes) - count :]
     made = [flow.pinned(size, f"is what {name} writes") for size in sizes]
     out = [*axes[: len(axes) - count], *made]
-    return out, _places(flow, out)
+    return out, _beside(flow, out)
