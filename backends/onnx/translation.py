@@ -6,6 +6,7 @@
     graphopt::fake_quantize  QuantizeLinear + DequantizeLinear
     graphopt::hadamard       a Mul for the signs, and a MatMul by a constant for each stage, between two or more Reshape
     adaptive_avg_pool to 1   GlobalAveragePool, which has an integer kernel; ReduceMean has none
+    attention                MatMul, Softmax, MatMul (`attention`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from graphopt.backends.onnx.attention import attention
 from graphopt.backends.onnx.packing import PACKED_OPSET
 from graphopt.errors import NotExpressible
 from graphopt.ir import Program, arguments, dialect, operator, source_line
@@ -114,6 +116,18 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
     def pool(x: Any) -> Any:
         return op.GlobalAveragePool(x)
 
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        return attention(op, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
     return {
         dialect.quantize: quantize,
         dialect.dequantize: dequantize,
@@ -121,6 +135,7 @@ def translation_table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]
         dialect.fake_quantize: fake_quantize,
         dialect.hadamard: hadamard,
         global_average_pool: pool,
+        torch.ops.aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
     }
 
 

@@ -7,6 +7,7 @@
     view(x, shape of x), expand, slice, squeeze     ->  x
     x * 1, x / 1, x + 0, x - 0, x ** 1              ->  x                 of the same dtype and shape
     x + c                                           ->  x + 0.5           c a buffer of no axes that holds 0.5
+    attention(q, k, v, mask)                        ->  attention(q, k, v)      a constant mask that hides nothing
 
 Exact. A copy stays where somebody looks at its memory layout: the caller, or an operator such as view_as_complex. What
 a caller gets stays a tensor apart from inputs and weights.
@@ -235,6 +236,27 @@ def write_number(match: Match, rewriter: Rewriter) -> None:
     rewriter.touch(node, f"reads the number {value!r}")
 
 
+def _constant_mask(node: fx.Node) -> Match | None:
+    if operator(node) != "scaled_dot_product_attention":
+        return None
+    mask = arguments(node).get("attn_mask")
+    return Match(node, {"mask": mask}) if isinstance(mask, fx.Node) and mask.op == "get_attr" else None
+
+
+def hides_nothing(match: Match, program: Program) -> str:
+    """The mask is no parameter, and lets everything through; one of numbers adds zeros."""
+    mask = program.weight(match.node("mask"))
+    if isinstance(mask, nn.Parameter):
+        return f"{match['mask'].target} is a parameter"
+    return "" if bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()) else "the mask hides something"
+
+
+@rule(match=_constant_mask, needs=[hides_nothing])
+def drop_open_mask(match: Match, rewriter: Rewriter) -> None:
+    rewriter.rewire(match.root, attn_mask=None)
+    rewriter.touch(match.root, "a mask that hides nothing dropped")
+
+
 RULES = (
     drop_dropout,
     drop_copy,
@@ -243,4 +265,5 @@ RULES = (
     drop_padding,
     drop_neutral,
     write_number,
+    drop_open_mask,
 )

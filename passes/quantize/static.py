@@ -57,7 +57,7 @@ class QuantizeStatic(LossyPass):
             histograms = collect(program, observed, batches, context.progress)
             scales = self._quantize_values(placement, histograms, rewriter, context)
             for node in placement.anchors:
-                self._quantize_anchor(node, _bias_joins(node, placement), scales, rewriter, context)
+                self._quantize_anchor(node, scales, rewriter, context)
         return rewriter.finish()
 
     def _quantize_values(
@@ -92,11 +92,11 @@ class QuantizeStatic(LossyPass):
         return scales
 
     def _quantize_anchor(
-        self, node: fx.Node, bias_joins: bool, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context
+        self, node: fx.Node, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context
     ) -> None:
         weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
         named = arguments(node)
-        bias = named.get("bias") if bias_joins else None
+        bias = named.get("bias")
         least_scale = None
         if isinstance(bias, fx.Node):
             # A channel of tiny weights and an ordinary bias would need a bias code beyond the grid: half of it does.
@@ -150,17 +150,6 @@ def insert_pair(value: Value, scale: fx.Node, zero_point: fx.Node, format: str, 
         rewriter.redirect(reader, node, back)
         made.append(back)
     return made
-
-
-def _bias_joins(node: fx.Node, placement: Placement) -> bool:
-    """True where the kernel adds the bias to its accumulator.
-
-    A linear over more than two axes is a product followed by an addition, unless its result is written as integers.
-    """
-    if operator(node) != "linear" or node.meta["val"].dim() == 2:
-        return True
-    written = {value.node for value in placement.values}
-    return any(each in written for each in (node, *(user for user in node.users if user in placement.integer)))
 
 
 def _behind(node: fx.Node) -> fx.Node:

@@ -3,6 +3,7 @@
     transposed   Gemm(x, w^T), Transpose(DQ(w)), Transpose(w)   ->   the transposed codes are stored
     dynamic      Q(x) with the scale of DynamicQuantizeLinear, products of it   ->   MatMulInteger and its scaling
     products     MatMul(DQ(x), DQ(w)) + b   ->   the forms in which the runtime adds the bias on integers
+    norms        LayerNormalization(Add(a, b))   ->   the form that the runtime does not merge into a slower kernel
 
 Each declines where the result would be another function; what is left then runs as it was written.
 """
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from graphopt.backends.onnx.cleanup.dynamic import join_dynamic_quantize, spell_dynamic_products
 from graphopt.backends.onnx.cleanup.editor import Editor
+from graphopt.backends.onnx.cleanup.norms import keep_norms_apart
 from graphopt.backends.onnx.cleanup.products import shape_products
 from graphopt.backends.onnx.cleanup.transposed import open_gemms, store_transposed
 
@@ -27,4 +29,5 @@ def clean(model: ir.Model) -> None:
     store_transposed(editor)
     spell_dynamic_products(editor)
     shape_products(editor)
+    keep_norms_apart(editor)
     editor.remove_dead()

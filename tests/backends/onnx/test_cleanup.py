@@ -29,7 +29,7 @@ class Graph(GraphBuilder):
 
     def linear_weight(self, outer: int, inner: int, axis: int = 0, name: str = "w", block: int = 0) -> str:
         """DQ of int8 codes [outer, inner], one scale each along `axis` or a block of it."""
-        codes = self.constant(self.random.integers(-127, 128, (outer, inner)).astype(np.int8), name)
+        codes = self.constant(self.random.integers(-63, 64, (outer, inner)).astype(np.int8), name)
         shape: tuple[int, ...] = (outer, inner)[axis : axis + 1]
         if block:
             shape = (outer, -(-inner // block))

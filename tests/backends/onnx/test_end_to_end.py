@@ -38,7 +38,7 @@ SQNR_DB = {
 BORDERS = {
     "vision_transformer": {"LayerNormalization", "MatMul", "Gelu", "Gather", "Concat"},
     "bert": {"LayerNormalization", "MatMul", "Gelu", "Gather"},
-    "masked_encoder": {"LayerNormalization", "MatMul", "Gelu", "Gather", "Tanh"},
+    "masked_encoder": {"LayerNormalization", "Gelu", "Gather", "Tanh", "Where"},
     "unet": {"ConvTranspose"},
     "tied_language_model": {"Mul", "MatMul"},
     "mlp_bf16": {"LayerNormalization"},
@@ -47,14 +47,14 @@ BORDERS = {
 FUSED = {
     "residual_cnn": {"QLinearConv": 9, "QLinearAdd": 3, "QLinearGlobalAveragePool": 1, "QGemm": 1},
     "depthwise_cnn": {"QLinearConv": 10, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1},
-    "vision_transformer": {"QLinearConv": 1, "MatMulIntegerToFloat": 8, "QGemm": 1},
-    "bert": {"MatMulIntegerToFloat": 12, "QGemm": 1},
-    "masked_encoder": {"MatMulIntegerToFloat": 8, "QGemm": 2},
+    "vision_transformer": {"QLinearConv": 1, "QGemm": 9},
+    "bert": {"QGemm": 13},
+    "masked_encoder": {"QGemm": 10},
     "unet": {"QLinearConv": 11, "QLinearConcat": 2},
     "two_inputs_dict": {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 2},
     "two_inputs_dataclass": {"QLinearConv": 2, "QLinearAdd": 1, "QGemm": 2},
     "shared_modules": {"QLinearConv": 3, "QGemm": 2},
-    "tied_language_model": {"MatMulIntegerToFloat": 6},
+    "tied_language_model": {"MatMulIntegerToFloat": 4, "QGemm": 2},
     "mlp_bf16": {"QGemm": 3},
     "conv1d_net": {"QLinearConv": 2, "QLinearLeakyRelu": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1},
     "nothing_quantizable": {},
@@ -180,6 +180,8 @@ def _check_product(graph: QdqGraph, index: int) -> None:
     """A convolution or Gemm has an int8 weight, and an int32 bias on the grid of its accumulator."""
     node = graph.nodes[index]
     makers = [graph.producer_of(name) for name in node.input]
+    if makers[0] is not None and makers[0].op_type == "Reshape":  # rows of more than two axes
+        makers[0] = graph.producer_of(makers[0].input[0])
     assert all(maker is not None and maker.op_type == DEQUANTIZE for maker in makers), f"{node.name} reads floats"
     x, weight, *bias = (maker for maker in makers if maker is not None)
     assert graph.initializers[weight.input[0]].data_type == TensorProto.INT8

@@ -127,6 +127,37 @@ EXAMPLES = [
         declines="view_as_complex looks at memory layouts",
     ),
     Example(
+        "mask_that_hides_nothing",
+        lambda: Function(
+            lambda x, m: nn.functional.scaled_dot_product_attention(x, x, x, m), buffer_m=torch.ones(4, 4).bool()
+        ),
+        SHAPE,
+        fires=1,
+        rule="drop_open_mask",
+        golden="""
+        scaled_dot_product_attention = scaled_dot_product_attention(x, x, x)
+        return scaled_dot_product_attention
+        """,
+    ),
+    Example(
+        "mask_of_zeros",
+        lambda: Function(
+            lambda x, m: nn.functional.scaled_dot_product_attention(x, x, x, m), buffer_m=torch.zeros(1, 4, 4)
+        ),
+        SHAPE,
+        fires=1,
+        rule="drop_open_mask",
+    ),
+    Example(
+        "mask_that_hides_something",
+        lambda: Function(
+            lambda x, m: nn.functional.scaled_dot_product_attention(x, x, x, m),
+            buffer_m=torch.ones(4, 4).tril().bool(),
+        ),
+        SHAPE,
+        declines="the mask hides something",
+    ),
+    Example(
         "number_in_a_buffer",
         lambda: Function(lambda x, c: torch.sin(x) * c, buffer_c=torch.tensor(0.1, dtype=torch.float64)),
         SHAPE,

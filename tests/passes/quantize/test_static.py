@@ -91,7 +91,7 @@ def test_ranges_come_from_all_batches_and_cover_zero() -> None:
     assert float(after.weights[f"{name}_scale"]) == pytest.approx(5 / 255)
 
 
-def test_a_linear_over_three_axes_keeps_a_float_bias_unless_it_writes_integers() -> None:
+def test_a_linear_over_three_axes_adds_its_bias_on_integers() -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +102,7 @@ def test_a_linear_over_three_axes_keeps_a_float_bias_unless_it_writes_integers()
 
     _, after, _ = quantized(Deep(), (torch.randn(2, 3, 4),))
     assert after.weights["up.bias"].dtype is torch.int32
-    assert after.weights["down.bias"].dtype is torch.float32
+    assert after.weights["down.bias"].dtype is torch.int32
 
 
 def test_shared_modules_share_codes_but_not_biases_of_another_scale() -> None:
