@@ -67,6 +67,19 @@ class Timing:
     inputs: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Profile:
+    """How long a program takes on the target of a backend.
+
+    Attributes:
+        latency_ms: median of runs in turns with the other programs, one thread.
+        nodes: milliseconds a run of each of the program's operators, by name; what belongs to none is under "".
+    """
+
+    latency_ms: float
+    nodes: dict[str, float] = field(default_factory=dict)
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What a backend offers."""
@@ -87,4 +100,10 @@ class Backend(Protocol):
         """Time files that take the same inputs in turns, on inputs made up from what the first one declares.
 
         Raises GraphoptError where a file does not load, or takes other inputs than the first.
+        """
+
+    def profile(self, programs: Mapping[str, Program]) -> dict[str, Profile]:
+        """Lower programs of the same inputs and time them in turns on their example inputs.
+
+        Raises NotExpressible where the target has no form for one of them.
         """

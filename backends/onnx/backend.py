@@ -17,7 +17,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.backend import ExportReport, Timing
+from graphopt.backend import ExportReport, Profile, Timing
+from graphopt.backends.onnx.candidates import time_programs
 from graphopt.backends.onnx.compare import load_session, max_steps, output_scales, run_onnx, session_options, sqnr_db
 from graphopt.backends.onnx.fusion import check_fusion
 from graphopt.backends.onnx.latency import measure_latency
@@ -119,6 +120,14 @@ class OnnxBackend:
                 report.slow_nodes = explain_slowdown(reference, report.path, feeds)
             except GraphoptError as error:  # the file is good; only the explanation is missing
                 report.notes.append(f"where the time goes is not known: {error}")
+
+    def profile(self, programs: Mapping[str, Program]) -> dict[str, Profile]:
+        """Lower programs of the same inputs to temporary files and time them in turns; see `time_programs`."""
+        with scratch() as folder:
+            files = {label: folder / f"{index}.onnx" for index, label in enumerate(programs)}
+            for label, program in programs.items():
+                self.lower(program, files[label])
+            return time_programs(programs, files, feeds_of(next(iter(programs.values()))))
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
         """Time files that take the same inputs in turns; see `timing.measure`."""
