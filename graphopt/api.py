@@ -82,7 +82,16 @@ def optimize(
         batches = Batches(calibration, program) if calibration is not None else None
         if batches is not None:
             batches.first(1)
-        context = Context(profile, batches, evaluate, loss, seed, shown)
+        context = Context(
+            profile,
+            batches,
+            evaluate,
+            loss,
+            measure=backend(profile.backend).profile if profile.measurable else None,
+            budget=budget or Budget(),
+            seed=seed,
+            progress=shown,
+        )
         before = _metric(evaluate, program, "the original model", seed) if evaluate else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -43,6 +43,8 @@ class Target:
             is the product of the scales of activation and weight.
         operators: what runs on integers, by ATen name. Whatever is not listed stays float.
         reasons: for operators not listed, why; shown when one interrupts an integer region.
+        saturates_pairs: kernels add two products of eight bits in sixteen, which overflow (`quantization.saturation`).
+        measurable: what its backend times on the machine that graphopt runs on holds for the target.
     """
 
     name: str
@@ -52,3 +54,5 @@ class Target:
     bias_format: str = "int32"
     operators: Mapping[str, IntegerOperator] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
+    saturates_pairs: bool = False
+    measurable: bool = False

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.passes.fold.layer_scale import FoldLayerScale
     from graphopt.passes.fold.norm_affine import FoldNormAffine
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
+    from graphopt.passes.quantize.choose_schemes import ChooseSchemes
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
     from graphopt.passes.quantize.embedding import QuantizeEmbedding
     from graphopt.passes.quantize.static import QuantizeStatic
@@ -31,6 +32,7 @@ _MODULES = {
     "AbsorbBias": "transform.absorb_bias",
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
+    "ChooseSchemes": "quantize.choose_schemes",
     "Equalize": "transform.equalize",
     "FoldBatchNorm": "fold.batch_norm",
     "FoldLayerScale": "fold.layer_scale",
@@ -48,9 +50,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "Canonicalize", "CenterNorms", "Equalize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine",
-    "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic",
-    "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
+    "AbsorbBias", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm", "FoldLayerScale",
+    "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding",
+    "QuantizeStatic", "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
 ]  # fmt: skip
 
 

@@ -69,8 +69,8 @@ class GraphBuilder:
         )
 
     def weight(self, shape: Sequence[int], name: str, axis: int = 0, kind: Any = np.int8) -> str:
-        """DQ `name` of random integer codes, one scale per channel along `axis`."""
-        codes = self.random.integers(1, 127, shape).astype(kind)
+        """DQ `name` of random integer codes too small to overflow in pairs, one scale per channel along `axis`."""
+        codes = self.random.integers(1, 64, shape).astype(kind)
         channels = shape[axis]
         scale, zero = np.full(channels, 0.002, np.float32), np.zeros(channels, kind)
         inputs = [self.constant(codes), self.constant(scale), self.constant(zero)]

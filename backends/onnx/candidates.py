@@ -1,10 +1,14 @@
-"""Time programs against each other: each is lowered, runs in turns with the others, and is profiled node by node."""
+"""Time programs against each other: each runs in turns with the others, and is profiled node by node.
+
+The profiler's times are scaled to add up to the latency: profiling itself costs time, and the profiles are not taken in
+turns.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ import numpy.typing as npt
 
 from graphopt.backend import Profile
 from graphopt.backends.onnx.latency import measure_latency
+from graphopt.backends.onnx.naming import output_names
 from graphopt.backends.onnx.profile import NodeTime, profile_by_node
-from graphopt.ir import Program
+from graphopt.ir import Program, is_tensor
 
 _SECONDS = 0.4  # each program runs for so long
 _MOST_SECONDS = 20.0  # all of them together
@@ -27,30 +32,34 @@ def time_programs(
 ) -> dict[str, Profile]:
     """Return the profile of each program, written to the file under the same label, on `feeds`."""
     times = measure_latency(files, feeds, min_seconds=_SECONDS, max_seconds=_MOST_SECONDS)
-    return {
-        label: Profile(
-            times[label].median_ms,
-            by_operator(
-                profile_by_node(files[label], feeds, runs=_PROFILED),
-                {node.name for node in program.graph.nodes if node.op == "call_function"},
-            ),
-        )
-        for label, program in programs.items()
-    }
+    found = {}
+    for label, program in programs.items():
+        nodes = by_operator(profile_by_node(files[label], feeds, runs=_PROFILED), _names(program))
+        factor = times[label].median_ms / (sum(nodes.values()) or 1.0)
+        found[label] = Profile(times[label].median_ms, {name: spent * factor for name, spent in nodes.items()})
+    return found
 
 
-def by_operator(times: Iterable[NodeTime], names: Collection[str]) -> dict[str, float]:
-    """Return the milliseconds of each operator out of those of the executed nodes, which carry its name in front."""
+def _names(program: Program) -> dict[str, str]:
+    """Return the operators by the names of their nodes in the file: their own, or that of the output they compute."""
+    found = {node.name: node.name for node in program.graph.nodes if node.op == "call_function"}
+    values = [value for value in program.outputs if is_tensor(value)]
+    return {name: value.name for name, value in zip(output_names(program), values, strict=True)} | found
+
+
+def by_operator(times: Iterable[NodeTime], names: Mapping[str, str]) -> dict[str, float]:
+    """Return the milliseconds of each operator; executed nodes carry a name of `names` in front."""
     found: dict[str, float] = defaultdict(float)
     for each in times:
         found[_owner(each.name, names)] += each.milliseconds
     return dict(found)
 
 
-def _owner(name: str, names: Collection[str]) -> str:
+def _owner(name: str, names: Mapping[str, str]) -> str:
+    name = name.removeprefix("fused ")
     while name not in names:
         shorter = _BEHIND.sub("", name)
         if shorter == name:
             return ""
         name = shorter
-    return name
+    return names[name]

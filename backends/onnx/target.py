@@ -1,10 +1,17 @@
 """Target profiles of ONNX Runtime: what its CPU execution provider runs on integers.
 
 Read off the runtime's QDQ selectors and confirmed by dumping optimized graphs; `check_fusion` proves each export.
+
+    onnxruntime-cpu     the machine that graphopt runs on: it is timed, and asked whether its products saturate
+    onnxruntime-avx2    any x86 processor: weights are such that products saturate on none
+    onnxruntime-arm64   activations in int8, which ARM multiplies by int8 at full width
 """
 
 from __future__ import annotations
 
+import dataclasses
+
+from graphopt.backends.onnx.processor import saturates_pairs
 from graphopt.target import IntegerOperator, Target
 
 _CONVOLUTION = IntegerOperator("anchor", inputs=("input",))
@@ -17,6 +24,8 @@ _CLAMP = IntegerOperator("absorbed")
 ONNXRUNTIME_CPU = Target(
     name="onnxruntime-cpu",
     backend="onnx",
+    saturates_pairs=saturates_pairs(),
+    measurable=True,
     activation_format="uint8",
     weight_format="int8",
     bias_format="int32",
@@ -48,6 +57,8 @@ ONNXRUNTIME_CPU = Target(
         "select": _MOVE,
         "expand": _MOVE,
         "pixel_shuffle": _MOVE,
+        "pad": _MOVE,
+        "constant_pad_nd": _MOVE,
         "upsample_nearest2d": _MOVE,
         "split": _MOVE,
         "split_with_sizes": _MOVE,
@@ -73,4 +84,19 @@ ONNXRUNTIME_CPU = Target(
     },
 )
 
-TARGETS = (ONNXRUNTIME_CPU,)
+ONNXRUNTIME_AVX2 = dataclasses.replace(
+    ONNXRUNTIME_CPU, name="onnxruntime-avx2", saturates_pairs=True, measurable=False
+)
+ONNXRUNTIME_ARM64 = dataclasses.replace(
+    ONNXRUNTIME_CPU,
+    name="onnxruntime-arm64",
+    activation_format="int8",
+    saturates_pairs=False,
+    measurable=False,
+    # DynamicQuantizeLinear, the one operator for scales at run time, writes uint8 only.
+    operators={
+        name: dataclasses.replace(each, dynamic=False) for name, each in ONNXRUNTIME_CPU.operators.items()
+    },
+)
+
+TARGETS = (ONNXRUNTIME_CPU, ONNXRUNTIME_AVX2, ONNXRUNTIME_ARM64)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.calibration.batches import Batches
+from torch import fx
+
+from graphopt.backend import Profile
+from graphopt.budget import Budget
+from graphopt.calibration import Batches, Histogram, collect
 from graphopt.errors import GraphoptError
+from graphopt.ir.program import Program
 from graphopt.progress import Progress, Silent
 from graphopt.target import Target
 
@@ -21,6 +26,8 @@ class Context:
         calibration: batches of inputs, or None.
         evaluate: the user's metric, `metric(module) -> float`, or None.
         loss: `loss(module, batch) -> scalar`, or None.
+        measure: times programs of the same inputs against each other on the target; None where nothing can be timed.
+        budget: what must hold of the result.
         seed: of every random choice.
         progress: shows long work.
         strict: raise when an exact pass changes the function, instead of dropping its changes (for tests).
@@ -30,12 +37,37 @@ class Context:
     calibration: Batches | None = None
     evaluate: Callable[[Any], float] | None = None
     loss: Callable[[Any, Any], Any] | None = None
+    measure: Callable[[Mapping[str, Program]], dict[str, Profile]] | None = None
+    budget: Budget = field(default_factory=Budget)
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     strict: bool = False
+    _seen: tuple[Any, tuple[Any, ...], dict[str, Histogram]] = field(default=((), (), {}), repr=False)
 
     def needed_calibration(self, who: str) -> Batches:
         """Return the calibration batches; GraphoptError says that `who` needs them."""
         if self.calibration is None:
             raise GraphoptError(f"{who} needs calibration data; pass calibration=, an iterable of inputs")
         return self.calibration
+
+    def histograms(self, program: Program, nodes: Collection[fx.Node], who: str) -> dict[str, Histogram]:
+        """Return a histogram for each node, by name, over the calibration data.
+
+        What was collected of a program stays until another one is asked about, or `forget` is called: passes that try
+        several ways to quantize the same program read the data once. Raises GraphoptError where `who` needs data and
+        there is none.
+        """
+        nodes_now = tuple((node.name, node.target, repr(node.args), repr(node.kwargs)) for node in program.graph.nodes)
+        weights = tuple(program.weights.values())
+        known_nodes, known_weights, seen = self._seen
+        if known_nodes != nodes_now or any(a is not b for a, b in zip(known_weights, weights, strict=True)):
+            seen = {}
+            self._seen = nodes_now, weights, seen
+        if missing := [node for node in nodes if node.name not in seen]:
+            found = collect(program, missing, self.needed_calibration(who), self.progress)
+            seen |= {node.name: histogram for node, histogram in found.items()}
+        return seen
+
+    def forget(self) -> None:
+        """Drop what `histograms` remembers, and its hold on the weights."""
+        self._seen = (), (), {}

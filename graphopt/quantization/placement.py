@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -337,8 +338,21 @@ def _unfit_attributes(node: fx.Node) -> str:
         return "it scales its second input"
     if name.startswith("adaptive_avg_pool") and any(size != 1 for size in named["output_size"]):
         return "only pooling to one position has an integer kernel"
+    if name in ("pad", "constant_pad_nd"):
+        return _unfit_padding(node, named)
     if name.startswith("max_pool") and any(size != 1 for size in named.get("dilation") or ()):
         return "it is dilated"
+    return ""
+
+
+def _unfit_padding(node: fx.Node, named: dict[str, Any]) -> str:
+    """Zero is a code of every grid; and only a convolution takes a padding over (an integer one of its own is slow)."""
+    if named.get("mode", "constant") != "constant" or named.get("value") not in (None, 0):
+        return "it pads with something else than zeros"
+    if any(not isinstance(width, int) or width < 0 for width in named["pad"]):
+        return "its width is not fixed, or it cuts"
+    if not all(operator(user).startswith("conv") and arguments(user)["input"] is node for user in node.users):
+        return "others than convolutions read it"
     return ""
 
 

@@ -12,16 +12,31 @@ from graphopt.ir.printing import digest
 from graphopt.ir.rewriter import Rewriter
 from graphopt.quantization.grids import IntegerGrid
 from graphopt.quantization.ranges import symmetric_scale
+from graphopt.quantization.saturation import paired_rows, safe_scale, saturating
+from graphopt.target import Target
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Nodes that read the codes, the scale [channels] and the zero point [channels]; `scales` is the scale's value."""
+    """Nodes that read the codes, the scale [channels] and the zero point [channels]; `scales` is the scale's value.
+
+    `coarsened` says for a message how many channels have a coarser scale than their largest weight needs.
+    """
 
     codes: fx.Node
     scale: fx.Node
     zero_point: fx.Node
     scales: Tensor
+    coarsened: str = ""
+
+
+def pair_scale(weight: Tensor, reader: fx.Node, grid: IntegerGrid, target: Target) -> Tensor | None:
+    """Return the smallest scales [out] with which the kernel of `reader` cannot saturate; None where any will do."""
+    rows = paired_rows(weight, reader) if target.saturates_pairs and weight.numel() > 0 else None
+    if rows is None or not bool(rows.isfinite().all()):
+        return None
+    codes = dialect.quantize(rows, symmetric_scale(rows, grid, 0), None, 0, 0, grid.name)
+    return torch.where(saturating(codes), safe_scale(rows), 0.0)
 
 
 def quantize_weight(
@@ -34,8 +49,9 @@ def quantize_weight(
     """
     value = rewriter.value(source)
     scale = symmetric_scale(value, grid, axis)
-    key = f"quantize {grid.name} along {axis}"
+    key, coarsened = f"quantize {grid.name} along {axis}", ""
     if least_scale is not None and bool((least_scale > scale).any()):
+        coarsened = f", {int((least_scale > scale).sum())} of {len(scale)} channels on a coarser grid against overflow"
         scale = torch.maximum(scale, least_scale).to(torch.float32).to(torch.float64)
         key += f" not finer than {digest(scale)}"
 
@@ -48,6 +64,7 @@ def quantize_weight(
             rewriter.weight(scale, f"{name}_scale", torch.float32),
             rewriter.weight(zero_point, f"{name}_zero_point", grid.storage),
             scale,
+            coarsened,
         )
 
     return rewriter.once(source, key, make)

@@ -23,7 +23,17 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from graphopt.ir import Changes, Program, Rewriter, Rule, apply_rules
-from graphopt.passes.canonicalize import composites, gelu, identities, layer_norm, layout, linear, pool, rms_norm
+from graphopt.passes.canonicalize import (
+    composites,
+    gelu,
+    identities,
+    layer_norm,
+    layout,
+    linear,
+    padding,
+    pool,
+    rms_norm,
+)
 from graphopt.passes.canonicalize.constants import evaluate_constants
 from graphopt.passes.canonicalize.duplicates import share_duplicates
 from graphopt.pipeline import Context, Pass
@@ -47,6 +57,7 @@ class Canonicalize(Pass):
         *layer_norm.RULES,
         *gelu.RULES,
         *pool.RULES,
+        *padding.RULES,
     )
 
     max_bytes: Annotated[int, Field(ge=0)] = 1 << 20

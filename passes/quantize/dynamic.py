@@ -10,8 +10,8 @@ Lossy. Runs after the exact passes.
 
 from __future__ import annotations
 
-import functools
 import operator as python_operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +20,9 @@ from torch import fx
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import grid
+from graphopt.quantization.marks import DYNAMIC, marked_otherwise
 from graphopt.quantization.placement import nothing_to_quantize, place
-from graphopt.quantization.weights import dequantized, quantize_weight
+from graphopt.quantization.weights import dequantized, pair_scale, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,14 @@ class QuantizeDynamic(LossyPass):
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
     def run(self, program: Program, context: Context) -> Changes:
+        return self.apply(program, context, marked_otherwise(program, DYNAMIC))
+
+    def apply(self, program: Program, context: Context, kept: Mapping[str, str]) -> Changes:
+        """Quantize all but the nodes in `kept`, which are left alone for the reasons given."""
         rewriter = Rewriter(program, self.name)
-        placement = place(program, context.target, functools.partial(self.refusal, program))
+        placement = place(
+            program, context.target, lambda node: self.refusal(program, node) or kept.get(node.name, "")
+        )
         anchors = set(placement.anchors)
         for node, reason in placement.declined:
             if (
@@ -41,7 +48,7 @@ class QuantizeDynamic(LossyPass):
                 and context.target.operators[operator(node)].role == "anchor"
             ):
                 rewriter.decline(node, reason)
-        if not anchors:
+        if not anchors and not kept:
             rewriter.decline("program", nothing_to_quantize(context.target))
         codes: dict[fx.Node, tuple[fx.Node, fx.Node, fx.Node]] = {}
         for node in [node for node in program.graph.nodes if node in anchors]:
@@ -77,6 +84,8 @@ class QuantizeDynamic(LossyPass):
         back = rewriter.insert(
             dialect.dequantize, made, scale, zero, None, 0, 0, activation_grid.name, before=node, origin=[value]
         )
-        weight = quantize_weight(rewriter, named["weight"], weight_grid, 0)
+        least_scale = pair_scale(rewriter.value(named["weight"]), node, weight_grid, context.target)
+        weight = quantize_weight(rewriter, named["weight"], weight_grid, 0, least_scale)
         rewriter.rewire(node, input=back, weight=dequantized(rewriter, weight, 0, weight_grid, node))
-        rewriter.touch(node, f"{operator(node)} on dynamic {activation_grid.name} x {weight_grid.name}")
+        what = f"{operator(node)} on dynamic {activation_grid.name} x {weight_grid.name}{weight.coarsened}"
+        rewriter.touch(node, what)

@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import grid
-from graphopt.quantization.weights import quantize_weight
+from graphopt.quantization.weights import pair_scale, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class QuantizeEmbedding(LossyPass):
         rows = grid(context.target.weight_format)
         named = arguments(node)
         dtype = node.meta["val"].dtype
-        weight = quantize_weight(rewriter, table, rows, 0)
+        # A head tied to the table reads the same codes, so they are made to suit both.
+        heads = [user for user in table.users if operator(user) == "linear" and arguments(user)["weight"] is table]
+        least_scale = pair_scale(rewriter.value(table), heads[0], rows, context.target) if heads else None
+        weight = quantize_weight(rewriter, table, rows, 0, least_scale)
         column = rewriter.weight(weight.scales[:, None], f"{table.target}_row_scale", dtype)
         codes = rewriter.insert(node.target, weight.codes, named["indices"], before=node)
         scale = rewriter.insert(node.target, column, named["indices"], before=node)

@@ -10,7 +10,7 @@ Lossy. Runs after the exact passes: folding changes weights and removes operator
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,13 +19,14 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from graphopt.calibration import Histogram, collect
+from graphopt.calibration import Histogram
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import IntegerGrid, grid
+from graphopt.quantization.marks import STATIC, marked_otherwise
 from graphopt.quantization.placement import Placement, Value, nothing_to_quantize, place
 from graphopt.quantization.ranges import Observer, affine, choose_range
-from graphopt.quantization.weights import dequantized, quantize_weight
+from graphopt.quantization.weights import dequantized, pair_scale, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,30 @@ class QuantizeStatic(LossyPass):
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
 
     def run(self, program: Program, context: Context) -> Changes:
+        try:
+            return self.apply(program, context, marked_otherwise(program, STATIC))
+        finally:
+            context.forget()
+
+    def apply(self, program: Program, context: Context, kept: Mapping[str, str]) -> Changes:
+        """Quantize all but the nodes in `kept`, which are left alone for the reasons given."""
         rewriter = Rewriter(program, self.name)
-        placement = place(program, context.target, functools.partial(self.refusal, program))
+        placement = place(
+            program, context.target, lambda node: self.refusal(program, node) or kept.get(node.name, "")
+        )
         for node, reason in placement.declined:
             rewriter.decline(node, reason)
-        if not placement.anchors:
+        if not placement.anchors and not kept:
             rewriter.decline("program", nothing_to_quantize(context.target))
-        else:
-            observed = [value.node for value in placement.values if value.observed]
-            batches = context.needed_calibration(self.name)
-            histograms = collect(program, observed, batches, context.progress)
-            scales = self._quantize_values(placement, histograms, rewriter, context)
+        if placement.anchors:
+            seen = context.histograms(program, [value.node for value in placement.values if value.observed], self.name)
+            scales = self._quantize_values(placement, seen, rewriter, context)
             for node in placement.anchors:
                 self._quantize_anchor(node, scales, rewriter, context)
         return rewriter.finish()
 
     def _quantize_values(
-        self, placement: Placement, histograms: dict[fx.Node, Histogram], rewriter: Rewriter, context: Context
+        self, placement: Placement, histograms: dict[str, Histogram], rewriter: Rewriter, context: Context
     ) -> dict[fx.Node, float]:
         """Insert quantize and dequantize at every value; return the scale of each dequantize."""
         target_grid = grid(context.target.activation_format)
@@ -74,7 +82,7 @@ class QuantizeStatic(LossyPass):
             seen = Histogram()
             for value in values:
                 if value.observed:
-                    seen.merge(histograms[value.node])
+                    seen.merge(histograms[value.node.name])
             low, high = choose_range(seen, target_grid, self.observer, self.percentile)
             if any(value.starts_at_zero for value in values):
                 low = 0.0
@@ -97,10 +105,11 @@ class QuantizeStatic(LossyPass):
         weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
         named = arguments(node)
         bias = named.get("bias")
-        least_scale = None
+        least_scale = pair_scale(rewriter.value(named["weight"]), node, weight_grid, context.target)
         if isinstance(bias, fx.Node):
             # A channel of tiny weights and an ordinary bias would need a bias code beyond the grid: half of it does.
-            least_scale = rewriter.value(bias).abs() / (scales[named["input"]] * (bias_grid.code_max // 2))
+            for_bias = rewriter.value(bias).abs() / (scales[named["input"]] * (bias_grid.code_max // 2))
+            least_scale = for_bias if least_scale is None else torch.maximum(for_bias, least_scale)
         weight = quantize_weight(rewriter, named["weight"], weight_grid, 0, least_scale)
         changes = {"weight": dequantized(rewriter, weight, 0, weight_grid, node)}
         if isinstance(bias, fx.Node):
@@ -122,7 +131,9 @@ class QuantizeStatic(LossyPass):
                 before=node,
             )
         rewriter.rewire(node, **changes)
-        rewriter.touch(node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}")
+        rewriter.touch(
+            node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}{weight.coarsened}"
+        )
 
 
 def _within(scale: float, zero_point: int, upper: float, grid: IntegerGrid) -> float:

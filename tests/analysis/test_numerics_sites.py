@@ -24,7 +24,9 @@ class Chain(nn.Module):
         return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
-def _pair(module: nn.Module, inputs: tuple[Tensor, ...], *passes: object) -> tuple[Program, Program, list[list[Tensor]]]:
+def _pair(
+    module: nn.Module, inputs: tuple[Tensor, ...], *passes: object
+) -> tuple[Program, Program, list[list[Tensor]]]:
     calibration = [tuple(torch.randn_like(x) for x in inputs) for _ in range(4)]
     before = graphopt.optimize(module, inputs, recipe=[graphopt.passes.Canonicalize()]).program
     after = graphopt.optimize(before, recipe=list(passes), calibration=calibration).program

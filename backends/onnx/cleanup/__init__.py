@@ -3,6 +3,7 @@
     transposed   Gemm(x, w^T), Transpose(DQ(w)), Transpose(w)   ->   the transposed codes are stored
     dynamic      Q(x) with the scale of DynamicQuantizeLinear, products of it   ->   MatMulInteger and its scaling
     products     MatMul(DQ(x), DQ(w)) + b   ->   the forms in which the runtime adds the bias on integers
+    pads         Conv(Pad(x))   ->   the convolution pads
     norms        LayerNormalization(Add(a, b))   ->   the form that the runtime does not merge into a slower kernel
 
 Each declines where the result would be another function; what is left then runs as it was written.
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from graphopt.backends.onnx.cleanup.dynamic import join_dynamic_quantize, spell_dynamic_products
 from graphopt.backends.onnx.cleanup.editor import Editor
 from graphopt.backends.onnx.cleanup.norms import keep_norms_apart
+from graphopt.backends.onnx.cleanup.pads import merge_pads
 from graphopt.backends.onnx.cleanup.products import shape_products
 from graphopt.backends.onnx.cleanup.transposed import open_gemms, store_transposed
 
@@ -29,5 +31,6 @@ def clean(model: ir.Model) -> None:
     store_transposed(editor)
     spell_dynamic_products(editor)
     shape_products(editor)
+    merge_pads(editor)
     keep_norms_apart(editor)
     editor.remove_dead()

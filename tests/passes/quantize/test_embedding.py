@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import targets
 import torch
 from torch import Tensor, nn
 
 from graphopt import capture
-from graphopt.backends.onnx.target import ONNXRUNTIME_CPU
 from graphopt.ir import operator
 from graphopt.passes import QuantizeDynamic, QuantizeEmbedding
 from graphopt.pipeline import Context, run_passes
@@ -29,7 +29,7 @@ IDS = torch.tensor([[0, 3, 10], [7, 7, 1]])
 def test_each_row_is_within_half_a_step() -> None:
     module = nn.Sequential(nn.Embedding(11, 6)).eval()
     program = capture(module, (IDS,))
-    after, trace = run_passes(program, [QuantizeEmbedding()], Context(ONNXRUNTIME_CPU, strict=True))
+    after, trace = run_passes(program, [QuantizeEmbedding()], Context(targets.EXACT, strict=True))
     table = module[0].weight.detach()
     step = table.abs().amax(1) / 127
     error = (after(IDS) - program(IDS)).detach().abs().amax(-1)
@@ -42,7 +42,7 @@ def test_each_row_is_within_half_a_step() -> None:
 
 def test_a_tied_head_shares_the_codes_when_it_is_quantized_too() -> None:
     program = capture(Tied().eval(), (IDS,))
-    after, _ = run_passes(program, [QuantizeEmbedding(), QuantizeDynamic()], Context(ONNXRUNTIME_CPU, strict=True))
+    after, _ = run_passes(program, [QuantizeEmbedding(), QuantizeDynamic()], Context(targets.EXACT, strict=True))
     codes = [name for name, value in after.weights.items() if value.dtype is torch.int8 and value.dim() == 2]
     assert len(codes) == 1, f"the table is stored once, not as {codes}"
 
@@ -57,7 +57,7 @@ def test_declines_tables_that_are_no_finite_float_weights() -> None:
             return nn.functional.embedding(ids, self.weight * gain)
 
     program = capture(Computed().eval(), (torch.tensor([1, 2]), torch.randn(1)))
-    _, trace = run_passes(program, [QuantizeEmbedding()], Context(ONNXRUNTIME_CPU))
+    _, trace = run_passes(program, [QuantizeEmbedding()], Context(targets.EXACT))
     record = trace["quantize_embedding"]
     assert not record.changed
     assert [site.reason for site in record.skipped] == ["its table is not a floating-point weight"]
@@ -65,8 +65,8 @@ def test_declines_tables_that_are_no_finite_float_weights() -> None:
 
 def test_skip_by_module_name_and_idempotence() -> None:
     program = capture(Tied().eval(), (IDS,))
-    _, trace = run_passes(program, [QuantizeEmbedding(skip=("table",))], Context(ONNXRUNTIME_CPU))
+    _, trace = run_passes(program, [QuantizeEmbedding(skip=("table",))], Context(targets.EXACT))
     assert not trace["quantize_embedding"].changed
-    after, trace = run_passes(program, [QuantizeEmbedding(), QuantizeEmbedding()], Context(ONNXRUNTIME_CPU))
+    after, trace = run_passes(program, [QuantizeEmbedding(), QuantizeEmbedding()], Context(targets.EXACT))
     assert not trace["quantize_embedding#2"].changed
     assert any(operator(node) == "graphopt.dequantize" for node in after.nodes)

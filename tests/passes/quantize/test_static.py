@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import targets
 import torch
 from torch import Tensor, nn
 
 from graphopt import GraphoptError, Program, capture
-from graphopt.backends.onnx.target import ONNXRUNTIME_CPU
 from graphopt.calibration import Batches
 from graphopt.ir import arguments, dialect, operator
 from graphopt.passes import QuantizeStatic
@@ -21,7 +21,7 @@ def quantized(
     module: nn.Module, example: tuple[Any, ...], batches: list[Any] | None = None, **options: Any
 ) -> tuple[Program, Program, PassRecord]:
     program = capture(module.eval(), example)
-    context = Context(ONNXRUNTIME_CPU, Batches(batches or [example], program), strict=True)
+    context = Context(targets.EXACT, Batches(batches or [example], program), strict=True)
     after, trace = run_passes(program, [QuantizeStatic(**options)], context)
     return program, after, trace["quantize_static"]
 
@@ -148,13 +148,13 @@ def test_the_reason_for_a_float_island_is_recorded() -> None:
 def test_without_calibration_it_says_what_it_needs() -> None:
     program = capture(Small().eval(), (torch.randn(2, 3, 6, 6),))
     with pytest.raises(GraphoptError, match="quantize_static needs calibration data"):
-        run_passes(program, [QuantizeStatic()], Context(ONNXRUNTIME_CPU))
+        run_passes(program, [QuantizeStatic()], Context(targets.EXACT))
 
 
 def test_running_it_twice_changes_nothing_more() -> None:
     example = (torch.randn(2, 3, 6, 6),)
     program = capture(Small().eval(), example)
-    context = Context(ONNXRUNTIME_CPU, Batches([example], program))
+    context = Context(targets.EXACT, Batches([example], program))
     _, trace = run_passes(program, [QuantizeStatic(), QuantizeStatic()], context)
     assert not trace["quantize_static#2"].changed
 
@@ -165,7 +165,7 @@ def test_nothing_to_quantize_is_no_change_and_reads_no_data() -> None:
             return x.sort(-1).values
 
     program = capture(Sort().eval(), (torch.randn(4, 4),))
-    _, trace = run_passes(program, [QuantizeStatic()], Context(ONNXRUNTIME_CPU))
+    _, trace = run_passes(program, [QuantizeStatic()], Context(targets.EXACT))
     record = trace["quantize_static"]
     assert not record.changed
     assert [site.node for site in record.skipped] == ["program"] and "no operator" in record.skipped[0].reason

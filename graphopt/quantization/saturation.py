@@ -1,0 +1,50 @@
+"""Products of 8 bits that a processor adds in 16.
+
+    saturate16(x_i w_i + x_(i+1) w_(i+1))          x: uint8, w: int8; i even, in the order in which the kernel reads w
+
+x86 processors without VNNI multiply eight-bit integers in pairs and clip each pair's sum to 16 bits, without a word:
+255 · (127 + 127) is twice what fits. A pair of opposite signs always fits. So a channel is safe where no two neighbours
+of one sign have codes that add up to more than 32767 / 255 = 128, and a scale can be chosen that keeps them so:
+
+    s  >=  max over neighbours of one sign (|w_i| + |w_(i+1)|) / 127          rounding adds at most 1
+
+Only channels that need it get the coarser scale; most lose less than the bit that 7-bit weights cost everywhere.
+Neighbours at odd places count as well: which pairs meet is the kernel's business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir.arguments import arguments, operator
+
+_LIMIT = 32767 // 255
+
+
+def paired_rows(weight: Tensor, node: fx.Node) -> Tensor | None:
+    """Return the weight of `node` as [out, k] in the order in which kernels read it.
+
+    Convolutions run over positions, at each over channels. None for a depthwise one, whose kernel adds in 32 bits.
+    """
+    if operator(node) == "linear":
+        return weight
+    if weight.shape[1] == 1 and arguments(node).get("groups", 1) == weight.shape[0]:
+        return None
+    return weight.movedim(1, -1).flatten(1)
+
+
+def safe_scale(rows: Tensor) -> Tensor:
+    """Return the smallest scale [out] with which no neighbours in `rows` [out, k] can saturate."""
+    if rows.shape[1] < 2:
+        return torch.zeros(len(rows), dtype=torch.float64)
+    first, second = rows[:, :-1].double(), rows[:, 1:].double()
+    sums = torch.where(first * second > 0, first.abs() + second.abs(), 0.0)
+    return sums.amax(1) / (_LIMIT - 1)
+
+
+def saturating(codes: Tensor) -> Tensor:
+    """Return for each row of int8 `codes` [out, k] whether activations exist that saturate a pair of neighbours."""
+    wide = codes.to(torch.int64)
+    first, second = wide[:, :-1], wide[:, 1:]
+    return ((first * second > 0) & (first.abs() + second.abs() > _LIMIT)).any(1)
