@@ -87,7 +87,7 @@ def optimize(
             batches,
             evaluate,
             loss,
-            measure=backend(profile.backend).profile if profile.measurable else None,
+            measure=getattr(backend(profile.backend), "profile", None) if profile.measurable else None,
             budget=budget or Budget(),
             seed=seed,
             progress=shown,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.passes.quantize.static import QuantizeStatic
     from graphopt.passes.retype.floats import RetypeFloats
     from graphopt.passes.transform.absorb_bias import AbsorbBias
+    from graphopt.passes.transform.best_of import BestOf
     from graphopt.passes.transform.equalize import Equalize
     from graphopt.passes.transform.merge_linears import MergeLinears
     from graphopt.passes.transform.permute import Permute
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AbsorbBias": "transform.absorb_bias",
+    "BestOf": "transform.best_of",
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
     "ChooseSchemes": "quantize.choose_schemes",
@@ -50,9 +52,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm", "FoldLayerScale",
-    "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic", "QuantizeEmbedding",
-    "QuantizeStatic", "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
+    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm",
+    "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic",
+    "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
 ]  # fmt: skip
 
 

@@ -77,6 +77,10 @@ class Batches:
                 del flat
             index += 1
 
+    def head(self, count: int) -> Batches:
+        """Return the first `count` batches as batches of their own, which are kept in memory."""
+        return _Head(self, self.first(count))
+
     def __len__(self) -> int:
         """The number of batches where the source knows it, else 0."""
         if self._one_shot:
@@ -149,6 +153,19 @@ def _next(stream: Any, index: int) -> Any:
         raise
     except Exception as error:
         raise GraphoptError(f"reading calibration batch {index} failed: {described(error)}") from error
+
+
+class _Head(Batches):
+    """The first few of some batches, read and checked before."""
+
+    def __init__(self, whole: Batches, flat: list[list[Any]]) -> None:
+        self._kept = flat
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 def check_source(source: Any) -> None:

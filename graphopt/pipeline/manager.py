@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
 from graphopt.ir.verify import verify
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.passes import LossyPass, Pass, site_names
+from graphopt.pipeline.passes import Branch, Composite, LossyPass, Pass, site_names
 from graphopt.pipeline.registry import make_pass
 from graphopt.pipeline.trace import PassRecord, Trace
 from graphopt.pipeline.validation import ValidationError, Validator, run_seeded, sqnr_db
@@ -53,13 +53,13 @@ def run_passes(
     return program, run.trace
 
 
-def with_requirements(passes: Sequence[Pass]) -> list[tuple[Pass, str]]:
+def with_requirements(passes: Sequence[Pass], before: Collection[str] = ()) -> list[tuple[Pass, str]]:
     """Return the passes with missing required ones inserted, each with the name of who required it (or empty).
 
-    Raises GraphoptError where passes require each other.
+    `before`: names of passes that ran already. Raises GraphoptError where passes require each other.
     """
     schedule: list[tuple[Pass, str]] = []
-    ran: set[str] = set()
+    ran = set(before)
 
     def add(each: Pass, inserted: str, waiting: tuple[str, ...]) -> None:
         if each.name in waiting:
@@ -86,8 +86,36 @@ class _Run:
     reference: list[object] | None = None
     names: set[str] = field(default_factory=set)
 
+    def compose(self, each: Composite, inserted: str, program: Program) -> Program:
+        """Run a composite pass; what it tried and did not keep is in its own record only."""
+        started = time.perf_counter()
+
+        def branch(passes: Sequence[Pass]) -> Branch:
+            self.validator = None  # a branch starts anew from the program
+            first, made = len(self.trace.records), program
+            for one, requirer in with_requirements(passes, {record.name for record in self.trace}):
+                made = self.step(one, requirer or each.name, made)
+            records = self.trace.records[first:]
+            del self.trace.records[first:]
+            return Branch(made, records)
+
+        chosen, changes = each.compose(program, branch, self.context)
+        self.validator = None
+        for kept in chosen.records if chosen is not None else ():
+            kept.index = len(self.trace)
+            self.trace.records.append(kept)
+        record = PassRecord(len(self.trace), each.name, self.trace.key_for(each.name), "", self.trace.records[-1].text)
+        record.options, record.exact, record.inserted = each.options, each.exact, inserted
+        record.seconds = time.perf_counter() - started
+        made = chosen.program if chosen is not None else program
+        _describe(record, made, made, changes)
+        self.trace.records.append(record)
+        return made
+
     def step(self, each: Pass, inserted: str, program: Program) -> Program:
         """Run one pass on a clone, check it, record it, and return the program to go on with."""
+        if isinstance(each, Composite):
+            return self.compose(each, inserted, program)
         record = PassRecord(len(self.trace), each.name, self.trace.key_for(each.name), "", self.trace.records[-1].text)
         record.options, record.exact, record.inserted = each.options, each.exact, inserted
         self._note_unmatched(each, program)

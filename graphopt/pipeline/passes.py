@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -20,6 +21,7 @@ from graphopt.ir.rules import Rule, apply_rules
 
 if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
+    from graphopt.pipeline.trace import PassRecord
 
 NEEDS = ("calibration", "evaluate", "loss")  # arguments of `optimize` that a pass may ask for
 _OF_NEEDS = f"{', '.join(NEEDS[:-1])} or {NEEDS[-1]}"
@@ -90,6 +92,28 @@ class Pass:
 
     def __str__(self) -> str:
         return self.name + (f"({', '.join(f'{k}={v!r}' for k, v in self.options.items())})" if self.options else "")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What some passes made of a program, and their records in the trace."""
+
+    program: Program
+    records: list[PassRecord]
+
+
+@dataclass(frozen=True)
+class Composite(Pass):
+    """A pass that runs others on branches and keeps one branch, or none. It rewrites nothing itself."""
+
+    def compose(
+        self, program: Program, branch: Callable[[Sequence[Pass]], Branch], context: Context
+    ) -> tuple[Branch | None, Changes]:
+        """Return the branch to go on with, None for the program as it is, and what to record.
+
+        `branch(passes)` runs passes on the program, each checked and recorded as if the recipe listed it.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

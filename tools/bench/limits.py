@@ -1,6 +1,7 @@
 """What a task must reach: bounds on the figures of one run, checked by the table.
 
-A bound is on a figure itself or on its ratio to the best (smallest) one among the peers of the same run.
+A bound is on a figure itself, or on its ratio to a peer's of the same run: the smallest one, a named peer's, or that of
+the peer which is best at another figure.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ from typing import Any
 
 OURS = "graphopt"
 BASELINE = "fp32"
+BEST = "best"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """`quantity` of our record, or with `against_peers` its ratio to the smallest peer's, is at most this."""
+    """`quantity` of our record, or its ratio to a peer's, is at most this.
+
+    `against`: BEST, the smallest figure among the peers; the name of a peer; or the quantity whose smallest figure
+    chooses the peer.
+    """
 
     quantity: str
     at_most: float
-    against_peers: bool = False
+    against: str = ""
     needs_vnni: bool = False
 
     def __str__(self) -> str:
-        what = f"{self.quantity} ÷ best peer's" if self.against_peers else self.quantity
-        return f"{what} ≤ {self.at_most:g}"
+        if not self.against:
+            return f"{self.quantity} ≤ {self.at_most:g}"
+        whose = "the best peer's" if self.against == BEST else self.against
+        if self.against not in (BEST, "nncf"):
+            whose = f"that of the peer with the least {self.against}"
+        return f"{self.quantity} ÷ {whose} ≤ {self.at_most:g}"
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,29 @@ def check(limit: Limit, records: Mapping[str, Mapping[str, Any]]) -> Verdict:
     value = ours["figures"].get(limit.quantity)
     if value is None:
         return Verdict(limit, None, False, f"{OURS} failed" if ours.get("error") else "no such figure")
-    if limit.against_peers:
-        peers = [
-            record["figures"][limit.quantity]
-            for name, record in records.items()
-            if name not in (OURS, BASELINE) and record["figures"].get(limit.quantity) is not None
-        ]
-        if not peers:
-            return Verdict(limit, None, None, "no peer was measured")
-        value = value / min(peers)
-    return Verdict(limit, value, value <= limit.at_most)
+    if not limit.against:
+        return Verdict(limit, value, value <= limit.at_most)
+    peer, why = _peer(limit, records)
+    if peer is None:
+        return Verdict(limit, None, None, why)
+    other = records[peer]["figures"][limit.quantity]
+    ratio = value / other if other else (1.0 if value == other else float("inf"))
+    return Verdict(limit, ratio, ratio <= limit.at_most, f"{peer}: {other:.4g}")
+
+
+def _peer(limit: Limit, records: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str]:
+    """Return the peer to compare with, or why there is none."""
+    known = {
+        name: record["figures"]
+        for name, record in records.items()
+        if name not in (OURS, BASELINE) and record["figures"].get(limit.quantity) is not None
+    }
+    if limit.against in records and limit.against not in known:
+        return None, f"{limit.against} has no such figure"
+    if limit.against in known:
+        return limit.against, ""
+    chooses = limit.quantity if limit.against == BEST else limit.against
+    candidates = [name for name, figures in known.items() if figures.get(chooses) is not None]
+    if not candidates:
+        return None, "no peer was measured"
+    return min(candidates, key=lambda name: known[name][chooses]), ""

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 OWN = "graphopt"  # the environment that tools/setup makes
+CNN, TRANSFORMER = "cnn", "transformer"
+_ALL = (CNN, TRANSFORMER)
 
 
 @dataclass(frozen=True)
 class Method:
     """`script` lies in children/; `environment` is OWN or a name with a pinned list in peers/NAME.txt.
 
-    A peer starts from the fp32 export, whose time and memory therefore count as its own (`from_export`).
+    A peer starts from the fp32 export, whose time and memory therefore count as its own (`from_export`). `kinds`: of
+    the tasks that it is meant for.
     """
 
     name: str
@@ -20,6 +23,7 @@ class Method:
     script: str
     environment: str = OWN
     from_export: bool = True
+    kinds: tuple[str, ...] = _ALL
     options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -39,13 +43,38 @@ METHODS = {
             "onnxruntime_int8.py",
             environment="onnxruntime",
         ),
+        Method(
+            "onnxruntime-matmul",
+            "the same for MatMul and Gemm only",
+            "onnxruntime_int8.py",
+            environment="onnxruntime",
+            kinds=(TRANSFORMER,),
+            options={"operators": ["MatMul", "Gemm"]},
+        ),
+        Method(
+            "onnxruntime-dynamic",
+            "quant_pre_process, quantize_dynamic: per channel, int8 weights",
+            "onnxruntime_int8.py",
+            environment="onnxruntime",
+            kinds=(TRANSFORMER,),
+            options={"dynamic": True},
+        ),
         Method("nncf", "nncf.quantize, default preset", "nncf_int8.py", environment="nncf"),
         Method(
             "nncf-mixed",
             "nncf.quantize, preset MIXED (asymmetric activations)",
             "nncf_int8.py",
             environment="nncf",
+            kinds=(CNN,),
             options={"preset": "mixed"},
+        ),
+        Method(
+            "nncf-transformer",
+            "nncf.quantize, model type TRANSFORMER (with smooth quantization)",
+            "nncf_int8.py",
+            environment="nncf",
+            kinds=(TRANSFORMER,),
+            options={"model_type": "transformer"},
         ),
     )
 }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +25,7 @@ from language.judge import Text, bits_per_byte, divergence, transformed
 from language.model import Shape
 from language.outliers import plant
 from language.training import Training, trained
+from made.kept import cache_folder
 
 from graphopt.passes import Rotate, Smooth
 from graphopt.pipeline import Pass
@@ -96,8 +96,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(TINY, Path(folder))
     else:
-        cache = Path(os.environ.get("GRAPHOPT_CACHE") or "~/.cache/graphopt").expanduser()
-        found = measure(Training(), cache)
+        found = measure(Training(), cache_folder())
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

@@ -112,7 +112,7 @@ def run_task(
     export = runner.child(BASELINE, "export_fp32.py", OWN, {**job, "output": job["fp32"]})
     results: dict[str, dict[str, Any]] = {BASELINE: export}
     errors: dict[str, str] = {}
-    for method in methods:
+    for method in (each for each in methods if TASKS[name].kind in each.kinds):
         output = folder / f"{method.name}.onnx"
         output.unlink(missing_ok=True)
         try:
@@ -139,16 +139,20 @@ def run_task(
         "rounds": rounds,
     }
     lines = []
-    for method_name in (BASELINE, *(method.name for method in methods)):
+    for method_name in (*results, *errors):
         result = results.get(method_name)
         figures: dict[str, Any] = {}
         if result is not None:
             from_export = method_name in METHODS and METHODS[method_name].from_export
             before = export if from_export else {"seconds": 0.0, "peak_bytes": 0}
+            # What timing its own candidates took is not the cost of optimizing.
+            measuring = result.get("detail", {}).get("measuring_seconds", 0.0)
+            own = result["seconds"] - measuring
             figures = {
                 **measured["figures"][method_name],
-                "own_seconds": result["seconds"],
-                "total_seconds": result["seconds"] + before["seconds"],
+                "own_seconds": own,
+                "measuring_seconds": measuring,
+                "total_seconds": own + before["seconds"],
                 "own_peak_bytes": result["peak_bytes"],
                 "peak_bytes": max(result["peak_bytes"], before["peak_bytes"]),
             }

@@ -34,6 +34,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "size MB": lambda f: _number(f, "size_bytes", ".2f", 1e6),
     "÷ fp32 ": lambda f: _number(f, "size_ratio", ".3f"),
     "SQNR dB": lambda f: _number(f, "sqnr_db", ".1f"),
+    "KL": lambda f: _number(f, "kl", ".2e"),
+    "cosine": lambda f: _number(f, "cosine", ".5f"),
     "metric": lambda f: _number(f, "metric", ".2f"),
     "drop": lambda f: _number(f, "metric_drop", "+.2f"),
     "integer / float kernels": _kernels,

@@ -31,6 +31,7 @@ def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
         "detail": {
             "optimize_seconds": optimized - start,
             "export_seconds": exported - optimized,
+            "measuring_seconds": sum(record.facts.get("measuring_seconds", 0.0) for record in result.trace),
             "reported_unfused": [list(entry) for entry in report.unfused],
         },
     }

@@ -69,6 +69,42 @@ def sqnr_db(reference: list[list[Any]], other: list[list[Any]]) -> float | None:
     return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
 
 
+def divergence(reference: list[list[Any]], other: list[list[Any]]) -> float:
+    """KL(reference || other) in nats of the first outputs as logits over the last axis, the mean over all others."""
+    total, count = 0.0, 0
+    for (expected, *_), (output, *_) in zip(reference, other, strict=True):
+        exact, made = _log_softmax(expected), _log_softmax(output)
+        total += float((np.exp(exact) * (exact - made)).sum())
+        count += exact[..., 0].size
+    return total / count
+
+
+def _log_softmax(logits: Any) -> Any:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def cosine(reference: list[list[Any]], other: list[list[Any]]) -> tuple[float, float]:
+    """Mean and least cosine between the rows [..., n] of the first outputs."""
+    found = []
+    for (expected, *_), (output, *_) in zip(reference, other, strict=True):
+        exact, made = (each.astype(np.float64).reshape(-1, each.shape[-1]) for each in (expected, output))
+        found.append((exact * made).sum(-1) / np.linalg.norm(exact, axis=-1) / np.linalg.norm(made, axis=-1))
+    every = np.concatenate(found)
+    return float(every.mean()), float(every.min())
+
+
+def judge(how: str, reference: list[list[Any]], other: list[list[Any]]) -> dict[str, float]:
+    """The figures by which a task compares outputs with the float model's."""
+    if how == "kl":
+        return {"kl": divergence(reference, other)}
+    if how == "cosine":
+        mean, least = cosine(reference, other)
+        return {"cosine": mean, "least_cosine": least, "cosine_distance": max(1 - mean, 0.0)}
+    return {}
+
+
 def file_bytes(path: str) -> int:
     """Bytes of the model, external data included."""
     model = onnx.load(path, load_external_data=False)
@@ -130,6 +166,7 @@ def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
             "sqnr_db": None if name == BASELINE else sqnr_db(outputs[BASELINE], outputs[name]),
             "metric": metric,
             "metric_drop": None if metric is None or baseline_metric is None else baseline_metric - metric,
+            **(judge(TASKS[job["task"]].judged, outputs[BASELINE], outputs[name]) if name != BASELINE else {}),
             **count_kernels(path),
         }
     return {"figures": figures, "versions": protocol.versions("onnxruntime")}

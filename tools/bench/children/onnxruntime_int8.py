@@ -1,8 +1,8 @@
 """The peer onnxruntime.quantization with the settings that its documentation recommends for CNNs on x86.
 
-Job: fp32, calibration, output, vnni. Runs in the peer's environment. Its page "Quantize ONNX Models"
-recommends pre-processing, QDQ, per-channel int8 weights with uint8 activations, and `reduce_range` on CPUs
-without VNNI, where the 8-bit products saturate.
+Job: fp32, calibration, output, vnni, options.operators, options.dynamic. Runs in the peer's environment. Its page
+"Quantize ONNX Models" recommends pre-processing, QDQ, per-channel int8 weights with uint8 activations, and
+`reduce_range` on CPUs without VNNI, where the 8-bit products saturate; for transformers dynamic quantization.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import protocol
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 
@@ -38,16 +38,19 @@ def work(job: protocol.Job, clock: protocol.Clock) -> protocol.Result:
     prepared = Path(job["output"]).with_suffix(".pre.onnx")
     with clock.running():
         quant_pre_process(job["fp32"], prepared)
-        quantize_static(
-            prepared,
-            job["output"],
-            Samples(job["calibration"]),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            reduce_range=job["vnni"] is False,
-        )
+        common = {"per_channel": True, "weight_type": QuantType.QInt8, "reduce_range": job["vnni"] is False}
+        if job["options"].get("dynamic"):
+            quantize_dynamic(prepared, job["output"], **common)
+        else:
+            quantize_static(
+                prepared,
+                job["output"],
+                Samples(job["calibration"]),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QUInt8,
+                op_types_to_quantize=job["options"].get("operators"),
+                **common,
+            )
     prepared.unlink()
     return {"versions": protocol.versions("onnxruntime", "onnx")}
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from made.kept import kept
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from language import corpus
@@ -37,15 +32,8 @@ class Training:
 
 def trained(training: Training, folder: Path) -> LanguageModel:
     """Return the trained model in eval mode, from the folder where it is there, else trained and put there."""
-    description = json.dumps(dataclasses.asdict(training) | {"torch": torch.__version__}, sort_keys=True)
-    path = folder / f"language-{hashlib.sha256(description.encode()).hexdigest()[:16]}.safetensors"
-    model = LanguageModel(training.shape)
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError):  # not there, cut short, or of another form: train
-        model = train(training)
-        _write(path, model)
-    return model.eval()
+    decides = dataclasses.asdict(training)
+    return kept("language", decides, lambda: LanguageModel(training.shape), lambda: train(training), folder)
 
 
 def train(training: Training) -> LanguageModel:
@@ -79,13 +67,3 @@ def _schedule(step: int, training: Training) -> float:
     if step < training.warmup:
         return (step + 1) / training.warmup
     return 0.5 * (1 + math.cos(math.pi * (step - training.warmup) / max(training.steps - training.warmup, 1)))
-
-
-def _write(path: Path, model: LanguageModel) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, name)
-    with open(name, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(name, path)

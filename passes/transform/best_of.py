@@ -1,0 +1,80 @@
+"""Try transformations and keep those that quantization is better off with.
+
+    program  ->  the alternative T with the least |Q(T(program))(x) - program(x)|² over the outputs, or as it was
+
+Every alternative is exact, so nothing changes but how much a quantizer loses. Each starts from the program, is
+quantized by `judge` with ranges from the first calibration batches, and judged by the outputs on them. A later
+alternative has to be clearly better than an earlier one: they are listed from the simplest to the one that changes
+most.
+
+Exact. Runs before anything that quantizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, PositiveInt
+
+from graphopt.analysis.numerics import Noise
+from graphopt.ir import Changes, Program
+from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
+
+
+@dataclass(frozen=True)
+class BestOf(Composite):
+    """Keep the alternative after which quantization harms the outputs least.
+
+    Attributes:
+        alternatives: lists of passes, each as `str(pass)` writes it.
+        judge: the pass that quantizes.
+        batches: calibration batches to judge by.
+        gain: share of the noise that an alternative has to remove to be preferred to an earlier one.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    alternatives: tuple[tuple[str, ...], ...] = ()
+    judge: str = "quantize_static"
+    batches: PositiveInt = 8
+    gain: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in (self.judge, *(each for alternative in self.alternatives for each in alternative)):
+            parse_pass(text)
+
+    def compose(
+        self, program: Program, branch: Callable[[Sequence[Pass]], Branch], context: Context
+    ) -> tuple[Branch | None, Changes]:
+        head = context.needed_calibration(self.name).head(self.batches)
+        context = dataclasses.replace(context, calibration=head)
+        changes = Changes()
+        best, chosen = self._noise(program, program, context), None
+        noise = {"nothing": best}
+        with context.progress.stage("compare transformations", len(self.alternatives)) as stage:
+            for alternative in self.alternatives:
+                tried, what = branch([parse_pass(each) for each in alternative]), " + ".join(alternative)
+                stage.advance()
+                if not any(record.changed for record in tried.records):
+                    continue
+                noise[what] = self._noise(tried.program, program, context)
+                if noise[what] < (1 - self.gain) * best:
+                    best, chosen = noise[what], tried
+        changes.facts["output_noise"] = {what: float(f"{each:.4g}") for what, each in noise.items()}
+        return chosen, changes
+
+    def _noise(self, program: Program, reference: Program, context: Context) -> float:
+        """Return the noise-to-signal ratio of the outputs of `program`, quantized, to those of the reference."""
+        quantized = program.clone()
+        parse_pass(self.judge).run(quantized, context)
+        noise = Noise()
+        with torch.no_grad():
+            for flat in context.needed_calibration(self.name):
+                for made, exact in zip(quantized.run(flat), reference.run(flat), strict=True):
+                    noise.add(made, exact)
+        return noise.ratio
