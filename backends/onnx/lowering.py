@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import io
 import logging
 import traceback
@@ -79,7 +81,7 @@ def _export(program: Program, opset: int) -> ir.Model:
     single_out_global_pools(exported)
     _decompose_at_need(exported)
     try:
-        with _quiet():
+        with _quiet(), _translations_read_once():
             made = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -94,6 +96,30 @@ def _export(program: Program, opset: int) -> ir.Model:
         raise NotExpressible(_why(program, error)) from error
     assert made is not None
     return made.model
+
+
+@contextlib.contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """Let the exporter remember its translations, whose source it would parse for every export: most of a small one.
+
+    Where the exporter is built otherwise, nothing is changed.
+    """
+    try:
+        apis: Any = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+        original = apis.get_torchlib_ops
+    except (ImportError, AttributeError):
+        yield
+        return
+    apis.get_torchlib_ops = functools.partial(_remembered, original)
+    try:
+        yield
+    finally:
+        apis.get_torchlib_ops = original
+
+
+@functools.cache
+def _remembered(read: Callable[[], Any]) -> Any:
+    return read()
 
 
 def _decompose_at_need(exported: ExportedProgram) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -40,7 +40,7 @@ class BestOf(Composite):
 
     alternatives: tuple[tuple[str, ...], ...] = ()
     judge: str = "quantize_static"
-    batches: PositiveInt = 8
+    batches: PositiveInt = 4
     gain: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
     def __post_init__(self) -> None:
@@ -54,27 +54,31 @@ class BestOf(Composite):
         head = context.needed_calibration(self.name).head(self.batches)
         context = dataclasses.replace(context, calibration=head)
         changes = Changes()
-        best, chosen = self._noise(program, program, context), None
-        noise = {"nothing": best}
+        with torch.no_grad():
+            exact = [program.run(flat) for flat in head]
+        best, chosen = self._noise(program, exact, context), None
+        noise, tried_before = {"nothing": best}, set()
         with context.progress.stage("compare transformations", len(self.alternatives)) as stage:
             for alternative in self.alternatives:
                 tried, what = branch([parse_pass(each) for each in alternative]), " + ".join(alternative)
                 stage.advance()
-                if not any(record.changed for record in tried.records):
-                    continue
-                noise[what] = self._noise(tried.program, program, context)
+                did = tuple((record.name, str(record.options)) for record in tried.records if record.changed)
+                if not did or did in tried_before:
+                    continue  # nothing found to do, or nothing beyond what an earlier alternative did
+                tried_before.add(did)
+                noise[what] = self._noise(tried.program, exact, context)
                 if noise[what] < (1 - self.gain) * best:
                     best, chosen = noise[what], tried
         changes.facts["output_noise"] = {what: float(f"{each:.4g}") for what, each in noise.items()}
         return chosen, changes
 
-    def _noise(self, program: Program, reference: Program, context: Context) -> float:
-        """Return the noise-to-signal ratio of the outputs of `program`, quantized, to those of the reference."""
+    def _noise(self, program: Program, exact: list[list[Any]], context: Context) -> float:
+        """Return the noise-to-signal ratio of the outputs of `program`, quantized, for each batch."""
         quantized = program.clone()
         parse_pass(self.judge).run(quantized, context)
         noise = Noise()
         with torch.no_grad():
-            for flat in context.needed_calibration(self.name):
-                for made, exact in zip(quantized.run(flat), reference.run(flat), strict=True):
-                    noise.add(made, exact)
+            for flat, outputs in zip(context.needed_calibration(self.name), exact, strict=True):
+                for made, wanted in zip(quantized.run(flat), outputs, strict=True):
+                    noise.add(made, wanted)
         return noise.ratio
