@@ -28,6 +28,7 @@ class Channels:
     largest: Tensor | None = None
     parts: list[Tensor] = field(default_factory=list)
     _seen: int = 0
+    _share: int = 0
 
     @property
     def rows(self) -> Tensor:
@@ -51,7 +52,10 @@ class Channels:
         self._seen += 1
         share = max(self.limit // self._seen, 1)
         if self._seen <= self.limit:
-            self.parts = [_spread(part, share) for part in self.parts] + [_spread(rows, share).float().clone()]
+            if share < self._share:
+                self.parts = [_spread(part, share) for part in self.parts]
+            self.parts.append(_spread(rows, share).float().clone())
+            self._share = share
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:

@@ -88,16 +88,21 @@ class _Run:
 
     def compose(self, each: Composite, inserted: str, program: Program) -> Program:
         """Run a composite pass; what it tried and did not keep is in its own record only."""
-        started = time.perf_counter()
+        started, first = time.perf_counter(), len(self.trace.records)
+        known: dict[tuple[str, ...], Branch] = {(): Branch(program, [])}
 
         def branch(passes: Sequence[Pass]) -> Branch:
-            self.validator = None  # a branch starts anew from the program
-            first, made = len(self.trace.records), program
-            for one, requirer in with_requirements(passes, {record.name for record in self.trace}):
+            """Go on from the longest branch that begins with the same passes."""
+            names = tuple(map(str, passes))
+            shared = next(length for length in range(len(names), -1, -1) if names[:length] in known)
+            self.validator = None
+            made = known[names[:shared]].program
+            self.trace.records += known[names[:shared]].records
+            for one, requirer in with_requirements(passes[shared:], {record.name for record in self.trace}):
                 made = self.step(one, requirer or each.name, made)
-            records = self.trace.records[first:]
+            known[names] = Branch(made, self.trace.records[first:])
             del self.trace.records[first:]
-            return Branch(made, records)
+            return known[names]
 
         chosen, changes = each.compose(program, branch, self.context)
         self.validator = None

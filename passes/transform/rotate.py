@@ -16,6 +16,7 @@ LLM Quantization with Learned Rotations" (whose R1 to R4 these are).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Collection
@@ -45,6 +46,7 @@ from graphopt.passes.transform.reparameterize import Reparameterization
 from graphopt.passes.transform.site_statistics import is_linear_read, observe_reads
 from graphopt.pipeline import Context, Pass
 
+_BATCHES = 8  # that the figures of the trace are taken from
 _ORTHOGONALITY = 1e-6  # of a matrix from a file, which may be stored in float32
 
 
@@ -118,7 +120,10 @@ class Rotate(Pass):
         """Return for each linear that reads a rotated activation how hard that is to quantize before and after."""
         rotated = [(space, read, change) for space, change in changes for read in filter(is_linear_read, space.reads)]
         online = [(site, read) for site in hidden for read in site.reads]
-        statistics = observe_reads(program, [*(read for _, read, _ in rotated), *(read for _, read in online)], context)
+        reads = [*(read for _, read, _ in rotated), *(read for _, read in online)]
+        # Figures for the trace: a few batches tell as much.
+        few = dataclasses.replace(context, calibration=context.needed_calibration(self.name).head(_BATCHES))
+        statistics = observe_reads(program, reads, few)
         found = {}
         for space, read, change in rotated:
             after = functools.partial(space.transform_read, read, change=change)
