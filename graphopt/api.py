@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
 from graphopt.pipeline import Context, Pass, Recipe, as_recipe, backend, builtin, run_passes
 from graphopt.pipeline import target as target_by_name
+from graphopt.pipeline.journal import Journal
 from graphopt.pipeline.manager import with_requirements
+from graphopt.pipeline.unfinished import Unfinished, run_key
 from graphopt.progress import Progress, default_progress
 from graphopt.result import Result
 from graphopt.rundir import MARKER, RUN_FILES
@@ -54,8 +57,9 @@ def optimize(
         budget: what must hold; the report says what does not.
         target: name of a target profile, or a Target.
         dynamic_shapes: as `torch.export.export` takes it.
-        run_dir: folder to write the run to, at the end and as a whole (as `Result.save` does). Nothing is written
-            before that, and a run that was interrupted starts from the beginning when it is called again.
+        run_dir: folder to write the run to, at the end and as a whole (as `Result.save` does). Until then a hidden
+            folder beside it keeps the state: a run that was interrupted goes on when the same call is made again, and
+            ends in the same files. The metric is called again: what it returns is not kept.
         seed: of every random choice, the metric's among them where it draws with torch.
         trust: allow unpickling what a `.pt2` holds.
         progress: where long work is shown; None draws bars on a terminal.
@@ -82,33 +86,45 @@ def optimize(
         batches = Batches(calibration, program) if calibration is not None else None
         if batches is not None:
             batches.first(1)
+        unfinished = None
+        if run_dir is not None:
+            decides = (chosen.to_yaml(), profile, budget, seed, _named(evaluate), _named(loss), torch.__version__)
+            unfinished = Unfinished(Path(run_dir), run_key(program, batches, version("graphopt"), *decides))
+            notes += [unfinished.dropped] if unfinished.dropped else []
         context = Context(
             profile,
             batches,
             evaluate,
             loss,
             measure=getattr(backend(profile.backend), "profile", None) if profile.measurable else None,
+            journal=unfinished.journal if unfinished is not None else Journal(),
             budget=budget or Budget(),
             seed=seed,
             progress=shown,
         )
-        before = _metric(evaluate, program, "the original model", seed) if evaluate else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            optimized, trace = run_passes(program, chosen.passes, context)
-        after = _metric(evaluate, optimized, "the optimized model", seed) if evaluate else None
-        notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
-        result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
-        result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
-        result.notes += [
-            f"{record.key} changed nothing: {site.reason}"
-            for record in trace
-            for site in record.skipped
-            if site.node == "program"
-        ]
-        if run_dir is not None:
-            with shown.stage("export and measure"):
-                result.save(run_dir)
+        try:
+            before = _metric(evaluate, program, "the original model", seed) if evaluate else None
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                optimized, trace = run_passes(program, chosen.passes, context, unfinished=unfinished)
+            after = _metric(evaluate, optimized, "the optimized model", seed) if evaluate else None
+            notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
+            result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
+            result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
+            result.notes += [
+                f"{record.key} changed nothing: {site.reason}"
+                for record in trace
+                for site in record.skipped
+                if site.node == "program"
+            ]
+            if run_dir is not None:
+                with shown.stage("export and measure"):
+                    result.save(run_dir)
+            if unfinished is not None:
+                unfinished.finish()
+        finally:
+            if unfinished is not None:
+                unfinished.close()
     return result
 
 
@@ -125,6 +141,11 @@ def _check_arguments(
         raise GraphoptError(f"budget must be a graphopt.Budget(...), not {type(budget).__name__}")
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
         raise GraphoptError(f"seed must be a whole number of 64 bits, not {seed!r}")
+
+
+def _named(function: Any) -> str:
+    """Name a function in the key of a run; its code is not looked at."""
+    return "" if function is None else f"{function.__module__}.{getattr(function, '__qualname__', type(function))}"
 
 
 def choose_recipe(recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool) -> tuple[Recipe, list[str]]:

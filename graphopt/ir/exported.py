@@ -199,7 +199,7 @@ def to_exported(program: Program) -> ExportedProgram:
         forward_arg_names=_given_names(signature),
     )
     root = nn.Module()
-    return ExportedProgram(
+    exported = ExportedProgram(
         root=root,
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
@@ -209,6 +209,9 @@ def to_exported(program: Program) -> ExportedProgram:
         example_inputs=program.example_inputs,
         constants={},
     )
+    # What torch wrote down of sizes while it traced: by chance of how often it did, and no promise of the program's.
+    exported._guards_code = []
+    return exported
 
 
 def _given_names(signature: Signature) -> list[str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from graphopt.budget import Budget
 from graphopt.calibration import Batches, Histogram, collect
 from graphopt.errors import GraphoptError
 from graphopt.ir.program import Program
+from graphopt.pipeline.journal import Journal
 from graphopt.progress import Progress, Silent
 from graphopt.target import Target
 
@@ -27,6 +30,7 @@ class Context:
         evaluate: the user's metric, `metric(module) -> float`, or None.
         loss: `loss(module, batch) -> scalar`, or None.
         measure: times programs of the same inputs against each other on the target; None where nothing can be timed.
+        journal: remembers measurements that decide something, over interruptions too.
         budget: what must hold of the result.
         seed: of every random choice.
         progress: shows long work.
@@ -38,6 +42,7 @@ class Context:
     evaluate: Callable[[Any], float] | None = None
     loss: Callable[[Any, Any], Any] | None = None
     measure: Callable[[Mapping[str, Program]], dict[str, Profile]] | None = None
+    journal: Journal = field(default_factory=Journal)
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
@@ -49,6 +54,17 @@ class Context:
         if self.calibration is None:
             raise GraphoptError(f"{who} needs calibration data; pass calibration=, an iterable of inputs")
         return self.calibration
+
+    def timed(self, programs: Mapping[str, Program]) -> dict[str, Profile]:
+        """Return what `measure` finds, or found before for the same programs: a run that goes on decides alike."""
+        assert self.measure is not None
+        key = hashlib.sha256("\0".join(f"{name}\0{program}" for name, program in programs.items()).encode()).hexdigest()
+
+        def measured() -> dict[str, Any]:
+            assert self.measure is not None
+            return {name: dataclasses.asdict(profile) for name, profile in self.measure(programs).items()}
+
+        return {name: Profile(**each) for name, each in self.journal.recorded(f"times {key}", measured).items()}
 
     def histograms(self, program: Program, nodes: Collection[fx.Node], who: str) -> dict[str, Histogram]:
         """Return a histogram for each node, by name, over the calibration data.

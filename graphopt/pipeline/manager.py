@@ -23,6 +23,7 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Branch, Composite, LossyPass, Pass, site_names
 from graphopt.pipeline.registry import make_pass
 from graphopt.pipeline.trace import PassRecord, Trace
+from graphopt.pipeline.unfinished import Unfinished
 from graphopt.pipeline.validation import ValidationError, Validator, run_seeded, sqnr_db
 
 
@@ -31,9 +32,15 @@ class PassError(RuntimeError):
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], context: Context, trace: Trace | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    context: Context,
+    trace: Trace | None = None,
+    unfinished: Unfinished | None = None,
 ) -> tuple[Program, Trace]:
     """Run `passes` over `program` and return the new program with its trace; `program` itself is not changed.
+
+    With `unfinished` the run goes on where an interrupted one was, and is saved after every pass that reads user data.
 
     An exact pass that changes the function, breaks the IR or fails is rejected: the model is right without it, so its
     changes are dropped, the record says why and the run goes on (with `context.strict` the error is raised).
@@ -46,9 +53,16 @@ def run_passes(
     if not run.trace.records:
         run.trace.records.append(_capture_record(program))
     schedule = with_requirements(passes)
+    done = 0
+    if unfinished is not None and (found := unfinished.restore()) is not None:
+        done, program, run.trace = found
+        run.note(f"resumed after {run.trace.records[-1].key}: the steps before were done by an interrupted run")
     with context.progress.stage("passes", len(schedule)) as stage:
-        for each, inserted in schedule:
-            program = run.step(each, inserted, program)
+        for index, (each, inserted) in enumerate(schedule):
+            if index >= done:
+                program = run.step(each, inserted, program)
+                if unfinished is not None and each.needs:
+                    unfinished.save(index + 1, program, run.trace)
             stage.advance()
     return program, run.trace
 
@@ -169,7 +183,7 @@ class _Run:
             return ""
         if self.validator is None:
             self.validator = Validator(program, self.context.seed)
-            self._note(self.validator.note)
+            self.note(self.validator.note)
         record.error, record.rounding_error = self.validator.check(candidate, changes.unrounded)
         tolerance = self.validator.allowed(each.tolerance)
         if record.error <= tolerance:
@@ -194,9 +208,9 @@ class _Run:
         for option in ("only", "skip"):
             for glob in getattr(each, option):
                 if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                    self._note(f"{option}={glob!r} matches no node, weight or module")
+                    self.note(f"{option}={glob!r} matches no node, weight or module")
 
-    def _note(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         if sentence and sentence not in self.trace.notes:
             self.trace.notes.append(sentence)
 

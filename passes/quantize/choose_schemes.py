@@ -117,7 +117,7 @@ class _Work:
         started = time.perf_counter()
         try:
             with self.context.progress.stage("measure"):
-                return self.context.measure(programs)
+                return self.context.timed(programs)
         except GraphoptError as error:
             self.facts["not_measured"] = str(error)
             return {}
