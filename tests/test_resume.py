@@ -60,7 +60,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "dies_at",
     [
         "saved 2",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("step 2", "saved 1", "step 12", "saved 3", "writing")),
+        pytest.param("step 2", marks=pytest.mark.slow),
+        pytest.param("saved 1", marks=pytest.mark.slow),
+        pytest.param("step 12", marks=pytest.mark.slow),
+        pytest.param("saved 3", marks=pytest.mark.slow),
+        pytest.param("writing", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(dies_at: str, whole: Path, tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def _calibrated(run_dir: Path, **options: Any) -> Any:
 
 def test_two_runs_to_one_folder_are_one_sentence(tmp_path: Path) -> None:
     held = Unfinished(tmp_path / "run", "key")
-    with pytest.raises(GraphoptError, match="another run is writing to .*run; wait for it, or name another folder"):
+    with pytest.raises(GraphoptError, match=r"another run is writing to .*run; wait for it, or name another folder"):
         _calibrated(tmp_path / "run")
     held.close()
     _calibrated(tmp_path / "run")

@@ -24,9 +24,10 @@ from graphopt.backends.onnx.fusion import check_fusion
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.naming import input_names
+from graphopt.backends.onnx.openvino_runtime import Comparison, compare_with_openvino
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
-from graphopt.backends.onnx.timing import measure
+from graphopt.backends.onnx.timing import declared_inputs, made_up_feeds, measure
 from graphopt.errors import GraphoptError, first_line
 from graphopt.files import replacing_folder_content
 from graphopt.ir import Program, is_tensor
@@ -128,6 +129,15 @@ class OnnxBackend:
             for label, program in programs.items():
                 self.lower(program, files[label])
             return time_programs(programs, files, feeds_of(next(iter(programs.values()))))
+
+    def compare(self, path: Path, threads: int, runtime: str) -> Comparison:
+        """Run the file in ONNX Runtime and in another runtime, on inputs made up from what it declares.
+
+        Raises GraphoptError where the runtime is not known, not installed, or does not take the file.
+        """
+        if runtime != "openvino":
+            raise GraphoptError(f"there is no runtime {runtime!r}; the one beside ONNX Runtime is openvino")
+        return compare_with_openvino(path, made_up_feeds(declared_inputs(path, threads)), threads)
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
         """Time files that take the same inputs in turns; see `timing.measure`."""

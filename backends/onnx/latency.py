@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnxruntime
 
 from graphopt.backends.onnx.compare import load_session, select_feeds, session_options
 from graphopt.errors import GraphoptError, first_line
@@ -52,18 +51,25 @@ def measure_latency(
     """
     if threads < 1 or rounds < 1 or min_seconds <= 0 or max_seconds <= 0:
         raise GraphoptError("threads, rounds, min_seconds and max_seconds must be positive")
-    runners = {label: _Runner.load(path, feeds, threads) for label, path in models.items()}
-    slowest = {label: runner.warm_up() for label, runner in runners.items()}
+    runners = {label: onnxruntime_runner(path, feeds, threads) for label, path in models.items()}
+    return interleaved(runners, min_seconds, rounds, max_seconds)
+
+
+def interleaved(
+    runners: Mapping[str, Callable[[], object]], min_seconds: float, rounds: int, max_seconds: float
+) -> dict[str, Latency]:
+    """Time functions in turns, each of which runs a loaded file once; see `measure_latency`."""
+    slowest = {label: _warm_up(run) for label, run in runners.items()}
     turn_seconds = min(min_seconds, max_seconds / max(len(runners), 1)) / rounds
     round_seconds = sum(max(turn_seconds, once) for once in slowest.values())
     turns = max(min(rounds, 3), min(rounds, int(max_seconds / round_seconds))) if round_seconds else rounds
     samples: dict[str, list[float]] = {label: [] for label in runners}
     for _ in range(turns):
-        for label, runner in runners.items():
-            runner.run()  # untimed: brings this model's weights back into the caches that the others took
+        for label, run in runners.items():
+            run()  # untimed: brings this model's weights back into the caches that the others took
             until = time.perf_counter() + turn_seconds
             while True:
-                samples[label].append(runner.run())
+                samples[label].append(_timed(run))
                 if time.perf_counter() >= until:
                     break
     return {
@@ -71,31 +77,35 @@ def measure_latency(
     }
 
 
-@dataclass(frozen=True)
-class _Runner:
-    session: onnxruntime.InferenceSession
-    feeds: dict[str, npt.NDArray[Any]]
-    names: list[str]
+def onnxruntime_runner(
+    path: str | Path, feeds: Mapping[str, npt.NDArray[Any]], threads: int
+) -> Callable[[], object]:
+    """Load a file and return a function that runs it once; GraphoptError where it does not load or run."""
+    session = load_session(path, session_options(threads))
+    selected = select_feeds(session, feeds)
+    names = [each.name for each in session.get_outputs()]
 
-    @staticmethod
-    def load(path: str | Path, feeds: Mapping[str, npt.NDArray[Any]], threads: int) -> _Runner:
-        session = load_session(path, session_options(threads))
-        return _Runner(session, select_feeds(session, feeds), [each.name for each in session.get_outputs()])
-
-    def run(self) -> float:
-        """Run once; return milliseconds."""
-        start = time.perf_counter()
-        self.session.run(self.names, self.feeds)
-        return (time.perf_counter() - start) * 1e3
-
-    def warm_up(self) -> float:
-        """Run until memory is allocated and caches are warm; return the seconds of one warm run."""
-        start = time.perf_counter()
+    def run() -> object:
         try:
-            self.run()
+            return session.run(names, selected)
         except Exception as error:  # onnxruntime's exception classes are not public
             raise GraphoptError(f"ONNX Runtime cannot run the model: {first_line(error)}; check the inputs") from None
-        once = self.run()
-        while time.perf_counter() - start < 0.05:
-            once = min(once, self.run())
-        return once / 1e3
+
+    return run
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Run once; return milliseconds."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _warm_up(run: Callable[[], object]) -> float:
+    """Run until memory is allocated and caches are warm; return the seconds of one warm run."""
+    start = time.perf_counter()
+    run()
+    once = _timed(run)
+    while time.perf_counter() - start < 0.05:
+        once = min(once, _timed(run))
+    return once / 1e3

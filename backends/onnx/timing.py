@@ -26,9 +26,9 @@ def measure(paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
     Raises GraphoptError where a file does not load, or takes other inputs than the first.
     """
     first, *others = paths.values()
-    declared = _declared(first, threads)
+    declared = declared_inputs(first, threads)
     for other in others:
-        if _declared(other, threads) != declared:
+        if declared_inputs(other, threads) != declared:
             raise GraphoptError(
                 f"{other} and {first} take different inputs; compare files of equal names, shapes and types"
             )
@@ -47,7 +47,7 @@ def measure(paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
     }
 
 
-def _declared(path: Path, threads: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
+def declared_inputs(path: Path, threads: int) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Return name -> (type, shape) of the file's inputs."""
     session: onnxruntime.InferenceSession = load_session(path, session_options(threads))
     return {value.name: (value.type, tuple(value.shape)) for value in session.get_inputs()}

@@ -117,11 +117,15 @@ def bench(
     ] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="Backend that runs the file.")] = "onnx",
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run and time it in this runtime too, and compare outputs: openvino."),
+    ] = None,
 ) -> None:
     """Time a model in its runtime and show where the time goes."""
     from graphopt.cli.bench import bench_text
 
-    print(bench_text(model, against, backend, threads), end="")
+    print(bench_text(model, against, backend, threads, runtime or ()), end="")
 
 
 @app.command()

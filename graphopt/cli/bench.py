@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -19,7 +20,9 @@ from graphopt.rundir import check_run_directory
 _MOST = 10  # operator types and nodes shown
 
 
-def bench_text(model: Path, against: Path | None, backend: str, threads: int) -> str:
+def bench_text(
+    model: Path, against: Path | None, backend: str, threads: int, runtimes: Sequence[str] = ()
+) -> str:
     """Return the measurements as plain text; GraphoptError where a file is missing or does not run."""
     paths = {"model": model_file(model)}
     if against is not None:
@@ -34,7 +37,16 @@ def bench_text(model: Path, against: Path | None, backend: str, threads: int) ->
         each = timings[label]
         ratio = f"{each.latency_ms / reference:.2f}×" if len(paths) > 1 and reference else ""
         table.add_row(Text(str(path)), f"{each.latency_ms:.3f}", f"{each.minimum_ms:.3f}", str(each.runs), ratio)
-    parts: list[RenderableType] = [head, table, Text(f"\nwhere the time goes in {paths['model']}\n")]
+    others = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("other runtime", "median ms", "beside", "ratio", "largest difference", "at", "SQNR dB"):
+        others.add_column(heading, justify="left" if heading in ("other runtime", "at") else "right")
+    for runtime in runtimes:
+        found = backend_by_name(backend).compare(paths["model"], threads, runtime)
+        cells = [f"{runtime} {found.version}", f"{found.latency_ms:.3f}", f"{found.onnxruntime_ms:.3f}"]
+        cells += [f"{found.latency_ms / found.onnxruntime_ms:.2f}×", f"{found.max_steps:.2f} steps", found.output]
+        others.add_row(*(Text(cell) for cell in [*cells, f"{found.sqnr_db:.1f}"]))
+    beside: list[RenderableType] = [Text(), others] if runtimes else []
+    parts: list[RenderableType] = [head, table, *beside, Text(f"\nwhere the time goes in {paths['model']}\n")]
     return plain(Group(*parts, types(timings), Text(), nodes(timings["model"])), WIDTH)
 
 

@@ -74,7 +74,7 @@ def _failed(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return _say("interrupted; nothing is left half written")
+        return _say("interrupted; nothing is left half written, and the same command goes on where this one was")
     if isinstance(error, _ClickException):
         return _say(_usage(error))
     if isinstance(error, GraphoptError):
