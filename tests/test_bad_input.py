@@ -92,7 +92,7 @@ def test_unknown_recipe(recipe: str, says: str, refuse: Callable[..., str]) -> N
         ("quantize_static.obsever=mse", "quantize_static has no option 'obsever', did you mean 'observer'?"),
         ("quantize_static.observer=minmaxx", "quantize_static.observer cannot be 'minmaxx'"),
         ("quantize_statik.observer=mse", "there is no pass called 'quantize_statik', did you mean 'quantize_static'?"),
-        ("quantize_dynamic.skip=[a]", "the recipe 'int8' has no pass 'quantize_dynamic'"),
+        ("fold_layer_scale.skip=[a]", "the recipe 'int8' has no pass 'fold_layer_scale'"),
         ("budget.size_ration=1", "a budget has no field 'size_ration', did you mean 'size_ratio'?"),
         ("budget.size_ratio=small", "budget.size_ratio must be a number"),
         ("buget.size_ratio=1", "did you mean 'budget.size_ratio'?"),

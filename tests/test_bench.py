@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 BENCH = Path(__file__).resolve().parent.parent / "tools" / "bench"
 AGAINST_PEERS = {"quantity": "q", "against": "best"}
+NAMED, BY_KL = {"quantity": "q", "against": "nncf"}, {"quantity": "q", "against": "kl"}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def _record(method: str, figures: dict[str, float], run: str = "r1", vnni: bool 
         "run": run,
         "date": "2030-01-01",
         "commit": "abc",
-        "task": "cnn50",
+        "task": "resnet50",
         "method": method,
         "machine": {"cpu": "a CPU", "vnni": vnni, "cores": 2},
         "threads": 1,
@@ -155,6 +156,11 @@ def test_stripped_size_leaves_out_metadata_and_counts_external_data(
         ({**AGAINST_PEERS, "at_most": 1.5}, {"graphopt": {"q": 3}, "a": {"q": 2}, "b": {"q": 9}}, True),
         ({**AGAINST_PEERS, "at_most": 1.4}, {"graphopt": {"q": 3}, "a": {"q": 2}, "b": {"q": 9}}, False),
         ({**AGAINST_PEERS, "at_most": 9}, {"graphopt": {"q": 3}, "fp32": {"q": 2}, "a": {}}, None),
+        ({**NAMED, "at_most": 1.5}, {"graphopt": {"q": 3}, "nncf": {"q": 2}, "b": {"q": 1}}, True),
+        ({**NAMED, "at_most": 1.4}, {"graphopt": {"q": 3}, "nncf": {"q": 2}, "b": {"q": 9}}, False),
+        ({**NAMED, "at_most": 9}, {"graphopt": {"q": 3}, "nncf": {}, "b": {"q": 9}}, None),
+        ({**BY_KL, "at_most": 1.5}, {"graphopt": {"q": 3}, "a": {"q": 1, "kl": 2}, "b": {"q": 2, "kl": 1}}, True),
+        ({**BY_KL, "at_most": 1.5}, {"graphopt": {"q": 3}, "a": {"q": 1, "kl": 1}, "b": {"q": 2, "kl": 2}}, False),
     ],
 )
 def test_limits(
@@ -234,14 +240,12 @@ def test_every_method_has_its_script_and_pinned_requirements(bench: dict[str, Mo
             assert all("==" in line for line in pins)
 
 
-def test_settled_batch_norms_normalise_the_data(bench: dict[str, ModuleType]) -> None:
-    tasks = bench["tasks"]
-    import torch
-
+def test_settled_batch_norms_normalise_the_data(language: dict[str, ModuleType]) -> None:
+    large = language["made.large"]
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
-    images = torch.cat(tasks._textured_images(8, 32, seed=3))
+    images = torch.cat(large.textured_images(8, 32, seed=3))
     assert images.shape == (8, 3, 32, 32)
-    tasks._settle_batch_norms(model, [images])
+    large.settle_batch_norms(model, [images])
     with torch.no_grad():
         normalised = model(images)
     assert not model.training
@@ -261,7 +265,10 @@ def language(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import importlib
 
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("language", "language.model", "language.outliers", "language.corpus", "equalization", "outliers", "scale")
+    names = (
+        "language", "language.model", "language.outliers", "language.corpus", "made", "made.digits", "made.large",
+        "made.sentences", "made.kept", "outliers", "scale",
+    )  # fmt: skip
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = {name: importlib.import_module(name) for name in names}
@@ -285,8 +292,8 @@ def test_planted_outliers_are_there_and_leave_the_function(language: dict[str, M
 
 def test_an_unbalanced_network_computes_the_same(language: dict[str, ModuleType]) -> None:
     torch.manual_seed(0)
-    model = language["equalization"].DepthwiseCNN().eval()
-    unbalanced = language["equalization"].unbalance(model)
+    model = language["made.digits"].DepthwiseCNN().eval()
+    unbalanced = language["made.digits"].unbalance(model)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(unbalanced(x), model(x), rtol=1e-4, atol=1e-4)
@@ -309,3 +316,28 @@ def test_the_benchmarks_of_spaces_run(command: str) -> None:
     done = subprocess.run([sys.executable, str(BENCH / script), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("| ") and done.stdout.count("\n") >= 3
+
+
+def test_kl_and_cosine_are_what_their_formulas_say(bench: dict[str, ModuleType]) -> None:
+    measure = bench["measure"]
+    random = np.random.default_rng(0)
+    reference, other = ([[random.standard_normal((2, 3, 5))] for _ in range(2)] for _ in range(2))
+    exact = torch.log_softmax(torch.tensor(np.stack([each[0] for each in reference])), -1)
+    made = torch.log_softmax(torch.tensor(np.stack([each[0] for each in other])), -1)
+    wanted = torch.nn.functional.kl_div(made, exact, log_target=True, reduction="sum") / 12
+    assert measure.divergence(reference, other) == pytest.approx(float(wanted))
+    assert measure.divergence(reference, reference) == 0
+    mean, least = measure.cosine(reference, other)
+    rows = torch.cosine_similarity(*(torch.tensor(np.stack([x[0] for x in y])) for y in (reference, other)), dim=-1)
+    assert mean == pytest.approx(float(rows.mean())) and least == pytest.approx(float(rows.min()))
+    assert measure.judge("cosine", reference, reference)["cosine_distance"] == pytest.approx(0, abs=1e-12)
+
+
+def test_words_of_signatures_and_docstrings(language: dict[str, ModuleType], tmp_path: Path) -> None:
+    sentences = language["made.sentences"]
+    assert sentences.words("readFile_names HTTPServer2") == ["read", "file", "names", "http", "server", "2"]
+    ids = sentences.tokens("open zz", {"open": 300})
+    assert ids[:3] == [300, 1 + ord("z"), 1 + ord("z")] and len(ids) == sentences.LENGTH and ids[-1] == 0
+    (tmp_path / "m.py").write_text('def f(self, key):\n    """First.\n\n    Second."""\n\n\ndef g(): pass\n')
+    (tmp_path / "broken.py").write_text("def (:\n")
+    assert sentences.documented(tmp_path) == [("m f key", "First.")]

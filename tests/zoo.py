@@ -219,7 +219,7 @@ def _decoders() -> Iterator[Entry]:
         {**experts, "experts_implementation": "eager"},
         "the same, looping over the experts",
         name="MixtralLoop",
-        refused="choose between values with torch.where, between branches with torch.cond",
+        refused="compute both and choose with torch.where, or export that part on its own",
     )
 
 

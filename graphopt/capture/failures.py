@@ -43,7 +43,7 @@ _CAUSES = (
     _Cause(
         r"GuardOnDataDependentSymNode|data-dependent|DataDependentOutputException",
         "forward takes a decision that depends on a tensor's value",
-        "choose between values with torch.where, between branches with torch.cond",
+        "compute both and choose with torch.where, or export that part on its own",
     ),
     _Cause(
         r"UnsupportedOperatorException: (\S+)",

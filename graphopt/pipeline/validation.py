@@ -112,7 +112,7 @@ def _redraw(value: Tensor, shape: list[int], generator: torch.Generator) -> Tens
         return value.new_zeros(shape)
     if value.is_complex():
         return torch.randn(shape, generator=generator, dtype=torch.complex128).to(value.dtype)
-    if not value.is_floating_point() or _has_few_values(value):
+    if not value.is_floating_point() or _has_few_values(value) or not bool(value.isfinite().all()):
         index = torch.randint(value.numel(), (math.prod(shape),), generator=generator)
         return value.reshape(-1)[index].reshape(shape)
     wide = value.to(torch.float64)

@@ -54,19 +54,34 @@ class QuantizeStatic(LossyPass):
     def apply(self, program: Program, context: Context, kept: Mapping[str, str]) -> Changes:
         """Quantize all but the nodes in `kept`, which are left alone for the reasons given."""
         rewriter = Rewriter(program, self.name)
-        placement = place(
-            program, context.target, lambda node: self.refusal(program, node) or kept.get(node.name, "")
-        )
+        placement, seen = self._place(program, context, kept)
         for node, reason in placement.declined:
             rewriter.decline(node, reason)
         if not placement.anchors and not kept:
             rewriter.decline("program", nothing_to_quantize(context.target))
         if placement.anchors:
-            seen = context.histograms(program, [value.node for value in placement.values if value.observed], self.name)
             scales = self._quantize_values(placement, seen, rewriter, context)
             for node in placement.anchors:
                 self._quantize_anchor(node, scales, rewriter, context)
         return rewriter.finish()
+
+    def _place(
+        self, program: Program, context: Context, kept: Mapping[str, str]
+    ) -> tuple[Placement, dict[str, Histogram]]:
+        """Decide where Q/DQ stand, and collect what the data says of the values; what no data reaches stays float."""
+        left = dict(kept)
+
+        def refusal(node: fx.Node) -> str:
+            return self.refusal(program, node) or left.get(node.name, "")
+
+        while True:
+            placement = place(program, context.target, refusal)
+            observed = [value.node for value in placement.values if value.observed]
+            seen = context.histograms(program, observed, self.name) if placement.anchors else {}
+            unreached = _unreached(placement, seen)
+            if not unreached:
+                return placement, seen
+            left |= unreached
 
     def _quantize_values(
         self, placement: Placement, histograms: dict[str, Histogram], rewriter: Rewriter, context: Context
@@ -134,6 +149,26 @@ class QuantizeStatic(LossyPass):
         rewriter.touch(
             node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}{weight.coarsened}"
         )
+
+
+def _unreached(placement: Placement, seen: dict[str, Histogram]) -> dict[str, str]:
+    """Return the anchors whose input or output no sample reached, each with a sentence.
+
+    An expert that got no token, a branch that was not taken, an input that was left at zero: there is no range to take,
+    and any scale would be a guess. Zeros that an integer operator computes are what they are.
+    """
+    found = {}
+    anchors = set(placement.anchors)
+    for value in placement.values:
+        if value.observed and (histogram := seen[value.node.name]).low >= histogram.high:
+            zeros = histogram.low == histogram.high == 0 and value.node not in placement.integer
+            if histogram.empty or zeros:
+                what = "is nothing but zeros" if zeros else "has no sample"
+                reason = f"the calibration data {what} at {value.node.name}; give samples that get there"
+                for node in (value.node, *value.readers):
+                    if node in anchors:
+                        found[node.name] = reason
+    return found
 
 
 def _within(scale: float, zero_point: int, upper: float, grid: IntegerGrid) -> float:

@@ -90,12 +90,12 @@ CASES = [
     (
         Branch,
         "forward takes a decision that depends on a tensor's value",
-        "torch.where, between branches with torch.cond",
+        "compute both and choose with torch.where, or export that part on its own",
     ),
     (
         Loop,
         "forward takes a decision that depends on a tensor's value",
-        "torch.where, between branches with torch.cond",
+        "compute both and choose with torch.where, or export that part on its own",
     ),
     (Item, "forward turns a tensor's value into a Python number", "leave out .item()"),
     (Numpy, "forward leaves torch for numpy", "use the torch function of the same name"),

@@ -194,7 +194,7 @@ def main() -> int:
         for title, entries in (("tasks", TASKS), ("methods", METHODS)):
             print(title)
             for name, entry in entries.items():
-                print(f"  {name:<14}{entry.summary}")
+                print(f"  {name:<21}{entry.summary}")
         return 0
     methods = [METHODS[name] for name in dict.fromkeys(arguments.method or METHODS)]
     status = 0

@@ -25,7 +25,7 @@ from torch.nn import functional
 from made.kept import kept
 
 LENGTH, VOCABULARY, WIDTH, LAYERS = 64, 8000, 256, 6
-STEPS, BATCH, TEMPERATURE, RATE = 700, 48, 0.07, 5e-4
+STEPS, BATCH, TEMPERATURE, RATE = 250, 32, 0.07, 5e-4
 _HELD_OUT = 10  # every so many functions, by the hash of their name
 _PAD, _FIRST = 0, 1 + 256  # after padding, a token for each byte
 
