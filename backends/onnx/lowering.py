@@ -73,10 +73,7 @@ def needed_opset(program: Program) -> int:
 
 def _export(program: Program, opset: int) -> ir.Model:
     exported = to_exported(_tensors_only(program))
-    for node in exported.graph.nodes:
-        # The exporter traces again, with other strides than the model had: a view that was lawful may not be.
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
+    _free_of_strides(exported)
     mark(exported)
     single_out_global_pools(exported)
     _decompose_at_need(exported)
@@ -96,6 +93,13 @@ def _export(program: Program, opset: int) -> ir.Model:
         raise NotExpressible(_why(program, error)) from error
     assert made is not None
     return made.model
+
+
+def _free_of_strides(exported: ExportedProgram) -> None:
+    """Write every view as a reshape: the exporter traces again, with other strides, and what was lawful may not be."""
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 @contextlib.contextmanager
@@ -132,7 +136,9 @@ def _decompose_at_need(exported: ExportedProgram) -> None:
 
     def at_need(table: Any = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if table is None or any(node.target in table for node in exported.graph.nodes):
-            return decompose(table, *args, **kwargs)
+            decomposed = decompose(table, *args, **kwargs)
+            _free_of_strides(decomposed)
+            return decomposed
         return exported
 
     exported.run_decompositions = at_need
