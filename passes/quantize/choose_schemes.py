@@ -93,8 +93,10 @@ class _Work:
         changes = Changes(facts=self.facts)
         for name, node in sites.items():
             scheme, reason = chosen[name], reasons.get(name, "")
-            place = changes.skipped if scheme == FLOAT else changes.touched
-            place.append(Site(node.name, f"{scheme}: {reason}" if reason else scheme))
+            if scheme == FLOAT:
+                changes.skipped.append(Site(node.name, f"float is best: {reason}" if reason else "float is best"))
+            else:
+                changes.touched.append(Site(node.name, f"to be {scheme}"))
         return changes
 
     def _node(self, name: str) -> fx.Node:
@@ -167,6 +169,7 @@ class _Work:
         fastest = min(profile.latency_ms for profile in profiles.values())
         chosen = preferred | choose(choices, self.options.slack * fastest, STATIC)
         reasons |= {choice.site: _reason(choice) for choice in choices}
+        self.facts["site_times"] = reasons.copy()
         self.facts["latency_ms"] = {scheme: round(profile.latency_ms, 4) for scheme, profile in profiles.items()}
         return self._gate(chosen, reasons, candidates, profiles)
 

@@ -177,3 +177,16 @@ def test_real_measurements_end_in_a_file_no_slower_than_float(tmp_path: Any) -> 
     assert record.facts["measuring_seconds"] > 0
     assert sum(record.facts["schemes"].values()) == 2
     assert result.export(tmp_path / "m.onnx", measure=False).sqnr_db > 30
+
+
+def test_inspect_prints_the_worst_sites_and_the_times(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from graphopt.cli import main
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 8),) for _ in range(2)]
+    graphopt.optimize(Layers().eval(), batches[0], recipe="int8", calibration=batches, run_dir=tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run"), "--pass", "choose_schemes"]) == 0
+    shown = capsys.readouterr().out
+    assert "worst sites" in shown and "alone it leaves" in shown and "latency ms: float" in shown
+    assert main(["inspect", str(tmp_path / "run"), "--pass", "best_of"]) == 0
+    assert "output noise: nothing" in capsys.readouterr().out
