@@ -299,8 +299,9 @@ def test_numbers_that_are_none_in_weights_and_inputs(value: float) -> None:
         model.head.bias[0] = value  # type: ignore[index, union-attr, operator]
     with pytest.raises(GraphoptError, match=r"head\.bias"):
         graphopt.optimize(model, inputs)
-    with pytest.raises(GraphoptError, match="NaN or infinity"):
-        graphopt.optimize(cli_models.module(), (poisoned(value),))
+    if value != float("-inf"):  # which masks are made of
+        with pytest.raises(GraphoptError, match="NaN or infinity"):
+            graphopt.optimize(cli_models.module(), (poisoned(value),))
 
 
 @pytest.mark.parametrize(

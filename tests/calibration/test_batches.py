@@ -229,7 +229,7 @@ X = torch.ones(4, 3)
         (torch.ones(4, 3, dtype=torch.int64), "x is torch.int64"),
         (np.ones((4, 3)), "x is torch.float64"),
         (torch.full((4, 3), float("nan")), "x holds NaN or infinity; remove such samples"),
-        (torch.tensor([[1.0, 1.0, float("-inf")]] * 4), "x holds NaN or infinity"),
+        (torch.tensor([[1.0, 1.0, float("inf")]] * 4), "x holds NaN or infinity"),
         (torch.ones(4, 3, device="meta"), "x is on meta, the model on cpu; move it with .to('cpu')"),
         ((X, torch.arange(4)), "calibration batch 1 has 2 values, the model takes 1 (x); leave out labels"),
         ({"x": X, "labels": X}, "expected x, got 2 value(s) for x, labels"),
