@@ -69,7 +69,8 @@ def choose(choices: Iterable[Choice], slack_ms: float, preferred: str) -> dict[s
         now = choice.options[chosen[choice.site]]
         for option in choice.options.values():
             gain, cost = now.noise - option.noise, max(option.milliseconds - now.milliseconds, 0.0)
-            if FLOAT not in (option.scheme, now.scheme) and gain > 0.2 * now.noise:
+            told = max(now.milliseconds, option.milliseconds) > CLEAR_MS  # else the clock's chance would decide
+            if told and FLOAT not in (option.scheme, now.scheme) and gain > 0.2 * now.noise:
                 steps.append((gain / (cost + CLEAR_MS / 10), gain, cost, choice.site, option.scheme))
     for _, _, cost, site, scheme in sorted(steps, reverse=True):
         if cost <= slack_ms:

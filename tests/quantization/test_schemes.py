@@ -40,6 +40,10 @@ def test_slack_goes_where_it_removes_most_error() -> None:
     assert choose(sites, 0.1, "static")["large"] == "static"
 
 
+def test_sites_too_small_to_time_keep_the_preferred_scheme() -> None:
+    assert choose([_choice("a", static=(0.010, 9.0), dynamic=(0.009, 1.0))], 1.0, "static") == {"a": "static"}
+
+
 def test_sites_alike_share_their_times() -> None:
     sites = averaged(
         [
