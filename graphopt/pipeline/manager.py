@@ -20,7 +20,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
 from graphopt.ir.verify import verify
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.passes import Branch, Composite, LossyPass, Pass, site_names
+from graphopt.pipeline.passes import Branch, Composite, LossyPass, Pass, Step, site_names
 from graphopt.pipeline.registry import make_pass
 from graphopt.pipeline.trace import PassRecord, Trace
 from graphopt.pipeline.unfinished import Unfinished
@@ -91,7 +91,10 @@ def with_requirements(passes: Sequence[Pass], before: Collection[str] = ()) -> l
 
 @dataclass
 class _Run:
-    """What lives as long as a run: the captured program, its outputs, the validator of a stretch of exact passes."""
+    """What lives as long as a run: the captured program, its outputs, the validator of a stretch of exact passes.
+
+    With a list `unchecked`, steps are put there instead of being checked.
+    """
 
     original: Program
     context: Context
@@ -99,26 +102,16 @@ class _Run:
     validator: Validator | None = None
     reference: list[object] | None = None
     names: set[str] = field(default_factory=set)
+    unchecked: list[Step] | None = None
 
     def compose(self, each: Composite, inserted: str, program: Program) -> Program:
         """Run a composite pass; what it tried and did not keep is in its own record only."""
-        started, first = time.perf_counter(), len(self.trace.records)
-        known: dict[tuple[str, ...], Branch] = {(): Branch(program, [])}
-
-        def branch(passes: Sequence[Pass]) -> Branch:
-            """Go on from the longest branch that begins with the same passes."""
-            names = tuple(map(str, passes))
-            shared = next(length for length in range(len(names), -1, -1) if names[:length] in known)
-            self.validator = None
-            made = known[names[:shared]].program
-            self.trace.records += known[names[:shared]].records
-            for one, requirer in with_requirements(passes[shared:], {record.name for record in self.trace}):
-                made = self.step(one, requirer or each.name, made)
-            known[names] = Branch(made, self.trace.records[first:])
-            del self.trace.records[first:]
-            return known[names]
-
-        chosen, changes = each.compose(program, branch, self.context)
+        started = time.perf_counter()
+        chosen, changes = self._try(each, program, check=False)
+        if chosen is not None and (defect := self._defect(chosen)):
+            self.note(defect)
+            # One of its passes is defective, and what came behind it stands on its changes.
+            chosen, changes = self._try(each, program, check=True)
         self.validator = None
         for kept in chosen.records if chosen is not None else ():
             kept.index = len(self.trace)
@@ -130,6 +123,38 @@ class _Run:
         _describe(record, made, made, changes)
         self.trace.records.append(record)
         return made
+
+    def _try(self, each: Composite, program: Program, check: bool) -> tuple[Branch | None, Changes]:
+        """Compose on branches, whose passes are checked here or by `_defect`."""
+        first = len(self.trace.records)
+        known: dict[tuple[int, tuple[str, ...]], Branch] = {}
+
+        def branch(passes: Sequence[Pass], context: Context) -> Branch:
+            """Go on from the longest branch that begins with the same passes, in the same context."""
+            names, same = tuple(map(str, passes)), id(context)
+            known.setdefault((same, ()), Branch(program, []))
+            shared = next(length for length in range(len(names), -1, -1) if (same, names[:length]) in known)
+            begun = known[same, names[:shared]]
+            run = _Run(self.original, context, self.trace, None, self.reference, self.names, None if check else [])
+            made = begun.program
+            self.trace.records += begun.records
+            for one, requirer in with_requirements(passes[shared:], {record.name for record in self.trace}):
+                made = run.step(one, requirer or each.name, made)
+            known[same, names] = Branch(made, self.trace.records[first:], (*begun.unchecked, *(run.unchecked or ())))
+            del self.trace.records[first:]
+            return known[same, names]
+
+        return each.compose(program, branch, self.context)
+
+    def _defect(self, chosen: Branch) -> str:
+        """Check the passes of a branch and return a sentence about the first that does not hold, or an empty string."""
+        self.validator = None
+        for step in chosen.unchecked:
+            started = time.perf_counter()
+            if reason := self._check(step.each, step.before, step.after, step.changes, step.record):
+                return f"{step.each.name}: {reason}"
+            step.record.validation_seconds += time.perf_counter() - started
+        return ""
 
     def step(self, each: Pass, inserted: str, program: Program) -> Program:
         """Run one pass on a clone, check it, record it, and return the program to go on with."""
@@ -146,7 +171,10 @@ class _Run:
             if changes.changed or program_text(candidate) != record.before:
                 started = time.perf_counter()
                 verify(candidate, reference=program)
-                record.rejected = self._check(each, program, candidate, changes, record)
+                if self.unchecked is None:
+                    record.rejected = self._check(each, program, candidate, changes, record)
+                else:
+                    self.unchecked.append(Step(each, program, candidate, changes, record))
                 record.validation_seconds = time.perf_counter() - started
         except (GraphoptError, PassError, ValidationError, MemoryError):
             raise

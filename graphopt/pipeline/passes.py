@@ -95,11 +95,23 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A pass that ran and is still to be checked."""
+
+    each: Pass
+    before: Program
+    after: Program
+    changes: Changes
+    record: PassRecord
+
+
+@dataclass(frozen=True)
 class Branch:
-    """What some passes made of a program, and their records in the trace."""
+    """What some passes made of a program, their records in the trace, and which of them are still to be checked."""
 
     program: Program
     records: list[PassRecord]
+    unchecked: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,12 @@ class Composite(Pass):
     """A pass that runs others on branches and keeps one branch, or none. It rewrites nothing itself."""
 
     def compose(
-        self, program: Program, branch: Callable[[Sequence[Pass]], Branch], context: Context
+        self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
     ) -> tuple[Branch | None, Changes]:
         """Return the branch to go on with, None for the program as it is, and what to record.
 
-        `branch(passes)` runs passes on the program, each checked and recorded as if the recipe listed it.
+        `branch(passes, context)` runs passes on the program, recorded as if the recipe listed them. Those of the branch
+        that is returned are checked like any pass; checking what is thrown away would cost more than trying it.
         """
         raise NotImplementedError
 

@@ -51,7 +51,7 @@ class ChooseSchemes(LossyPass):
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
     slack: Annotated[float, Field(ge=0, le=1)] = 0.03
-    batches: PositiveInt = 2
+    batches: PositiveInt = 1
 
     def run(self, program: Program, context: Context) -> Changes:
         context.needed_calibration(self.name)

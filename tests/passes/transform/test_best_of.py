@@ -11,7 +11,8 @@ import graphopt
 from graphopt.calibration import Batches
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
-from graphopt.passes import BestOf, Canonicalize, FoldBatchNorm, QuantizeStatic
+from graphopt.ir import Changes, Program, Rewriter
+from graphopt.passes import BestOf, Canonicalize, FoldBatchNorm, QuantizeStatic, Smooth
 from graphopt.pipeline import Context, Recipe, parse_pass, run_passes
 from graphopt.pipeline.trace import Trace
 
@@ -21,6 +22,7 @@ ALTERNATIVES = (("equalize",), ("smooth",), ("smooth", "rotate"))
 def _run(module: nn.Module, inputs: Tensor, **options: object) -> tuple[Trace, list[Tensor], list[Tensor]]:
     program = capture(module.eval(), (inputs,))
     context = Context(targets.EXACT, Batches([(inputs,)] * 2, program), strict=True)
+    options = {"enough": 0.0, **options}
     passes = [Canonicalize(), FoldBatchNorm(), BestOf(ALTERNATIVES, **options), QuantizeStatic()]  # type: ignore[arg-type]
     after, trace = run_passes(program, passes, context)
     return trace, after.run([inputs]), program.run([inputs])
@@ -56,6 +58,51 @@ def test_what_helps_is_kept_with_its_records() -> None:
         Context(targets.EXACT, Batches([(inputs,)] * 2, capture(module, (inputs,)))),
     )
     assert _noise(made, exact) < _noise(plain.run([inputs]), exact) / 10
+
+
+def test_nothing_is_tried_where_quantization_costs_next_to_nothing() -> None:
+    module, inputs = _outlier_mlp()
+    trace, _, _ = _run(module, inputs, enough=1.0)
+    assert list(trace["best_of"].facts["output_noise"]) == ["nothing"]
+
+
+def test_the_chosen_one_is_made_again_from_all_the_data() -> None:
+    """The largest outlier is in the last batch, which the comparison does not read."""
+    module, inputs = _outlier_mlp()
+    program = capture(module.eval(), (inputs,))
+    data = [(inputs,)] * 2 + [(inputs * torch.logspace(0, 2, 32),)]
+    passes = [Canonicalize(), BestOf((("smooth",),), batches=1, enough=0.0)]
+    texts = {}
+    for count in (2, 3):
+        _, trace = run_passes(program, passes, Context(targets.EXACT, Batches(data[:count], program), strict=True))
+        texts[count] = trace["smooth"].text
+    assert texts[2] != texts[3]
+
+
+def test_a_defective_pass_of_the_chosen_branch_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch was compared unchecked; it is made again with checks, and what does not hold goes."""
+    honest = Smooth.run
+
+    def run(self: Smooth, program: Program, context: Context) -> Changes:
+        changes = honest(self, program, context)
+        for node in program.graph.nodes:
+            if node.op == "get_attr" and "bias" in str(node.target):
+                rewriter = Rewriter(program, self.name)
+                moved = rewriter.weight(rewriter.value(node) + 1e-3, "moved", torch.float32)
+                rewriter.replace(node, moved)
+                rewriter.finish()
+                break
+        return changes
+
+    monkeypatch.setattr(Smooth, "run", run)
+    module, inputs = _outlier_mlp()
+    program = capture(module.eval(), (inputs,))
+    context = Context(targets.EXACT, Batches([(inputs,)] * 2, program))
+    after, trace = run_passes(program, [Canonicalize(), BestOf((("smooth",),), enough=0.0)], context)
+    made, exact = after.run([inputs]), program.run([inputs])
+    torch.testing.assert_close(made[0], exact[0])
+    assert not any(record.name == "smooth" and record.changed for record in trace)
+    assert any(note.startswith("smooth: it changed the outputs by") for note in trace.notes)
 
 
 def test_what_does_not_help_is_dropped() -> None:
