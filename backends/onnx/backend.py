@@ -20,7 +20,7 @@ from torch import Tensor
 from graphopt.backend import ExportReport, Profile, Timing
 from graphopt.backends.onnx.candidates import time_programs
 from graphopt.backends.onnx.compare import load_session, max_steps, output_scales, run_onnx, session_options, sqnr_db
-from graphopt.backends.onnx.fusion import check_fusion
+from graphopt.backends.onnx.fusion import check_fusion, has_signed_activations
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.naming import input_names
@@ -35,6 +35,11 @@ from graphopt.target import Target
 
 # A protobuf message ends at 2 GiB; weights beyond this go to a file of their own.
 _EXTERNAL_BYTES = 3 << 29
+# Without this, every convolution would be told to be float, and the file to be slow, of a machine that it is not for.
+_FOR_ARM = (
+    "the activations are int8, which ONNX Runtime runs on integer kernels on ARM, not here: "
+    "what fused is told as it is there, and nothing was timed"
+)
 _UNSCALED_STEPS = 255  # an output without a scale of its own is measured in steps of its range / 255
 
 
@@ -90,7 +95,8 @@ class OnnxBackend:
             if baseline is None:
                 report.notes.append("the float model is not at hand, so nothing was compared with it")
             else:
-                self._compare(report, program, baseline, folder / "float.onnx", measure)
+                here = _FOR_ARM not in report.notes
+                self._compare(report, program, baseline, folder / "float.onnx", measure and here)
         report.path = path
         return report
 
@@ -147,8 +153,12 @@ class OnnxBackend:
 def _proven(program: Program, file: Path, opset: int) -> ExportReport:
     """Return what the runtime makes of the file, and how far it is from the torch emulation."""
     load_session(file, session_options(1))
-    fusion = check_fusion(file)
-    report = ExportReport(file, _file_bytes(file), opset, dict(fusion.fused), list(fusion.unfused))
+    fusion, notes = check_fusion(file), []
+    if has_signed_activations(file):
+        on_arm = check_fusion(file, signed_activations=True)
+        if on_arm.fused != fusion.fused:
+            fusion, notes = on_arm, [_FOR_ARM]
+    report = ExportReport(file, _file_bytes(file), opset, dict(fusion.fused), list(fusion.unfused), notes=notes)
     if others := len(program.outputs) - sum(is_tensor(value) for value in program.outputs):
         report.notes.append(f"{others} of the model's outputs are no tensors; the file leaves them out")
     report.max_steps = _steps(file, _torch_outputs(program), list(run_onnx(file, feeds_of(program)).values()))

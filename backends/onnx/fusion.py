@@ -80,8 +80,11 @@ class FusionReport:
         return [(entry.node, entry.reason) for entry in self.entries]
 
 
-def check_fusion(path: str | Path) -> FusionReport:
+def check_fusion(path: str | Path, signed_activations: bool = False) -> FusionReport:
     """List what ONNX Runtime runs on integer kernels on the CPU of the ONNX file at `path`, and what not.
+
+    `signed_activations` asks for the graph that it executes where int8 activations are allowed: on ARM always, on x86
+    only when told so.
 
     Raises GraphoptError when the file cannot be read or ONNX Runtime refuses it.
     """
@@ -92,10 +95,21 @@ def check_fusion(path: str | Path) -> FusionReport:
     opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
     written = _Written({})
     _name_nodes(model.graph, opset, path.parent, written)
-    executed = _optimize(model, path)
+    executed = _optimize(model, path, signed_activations)
     return _Comparison(
         written, [QdqGraph.of(g, opset, path.parent) for g in _all_graphs(executed.graph)]
     ).report()
+
+
+def has_signed_activations(path: str | Path) -> bool:
+    """True where a QuantizeLinear of the file writes int8. Raises GraphoptError when the file cannot be read."""
+    path = Path(path)
+    graphs = [QdqGraph.of(each, 1, path.parent) for each in _all_graphs(_read(path).graph)]
+    return any(
+        node.op_type == QUANTIZE and graph.quantized_type(node) == onnx.TensorProto.INT8
+        for graph in graphs
+        for node in graph.nodes
+    )
 
 
 def _read(path: Path) -> ModelProto:
@@ -150,7 +164,7 @@ def _name_nodes(graph: GraphProto, opset: int, folder: Path, written: _Written) 
             _name_nodes(inner, opset, folder, written)
 
 
-def _optimize(model: ModelProto, path: Path) -> ModelProto:
+def _optimize(model: ModelProto, path: Path, signed_activations: bool) -> ModelProto:
     """Load `model` with every optimization and return the graph that would be executed."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -162,6 +176,8 @@ def _optimize(model: ModelProto, path: Path) -> ModelProto:
         "session.optimized_model_external_initializers_file_name": "weights.bin",
         "session.optimized_model_external_initializers_min_size_in_bytes": "65536",
     }
+    if signed_activations:
+        entries["session.qdqisint8allowed"] = "1"
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
