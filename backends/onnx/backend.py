@@ -19,12 +19,12 @@ from torch import Tensor
 
 from graphopt.backend import ExportReport, Profile, Timing
 from graphopt.backends.onnx.candidates import time_programs
-from graphopt.backends.onnx.compare import load_session, max_steps, output_scales, run_onnx, session_options, sqnr_db
+from graphopt.backends.onnx.compare import load_session, output_scales, output_steps, run_onnx, session_options, sqnr_db
 from graphopt.backends.onnx.fusion import check_fusion, has_signed_activations
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.naming import input_names
-from graphopt.backends.onnx.openvino_runtime import Comparison, compare_with_openvino
+from graphopt.backends.onnx.openvino_runtime import Comparison, compare_with_openvino, load_openvino
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
 from graphopt.backends.onnx.timing import declared_inputs, made_up_feeds, measure
@@ -40,7 +40,6 @@ _FOR_ARM = (
     "the activations are int8, which ONNX Runtime runs on integer kernels on ARM, not here: "
     "what fused is told as it is there, and nothing was timed"
 )
-_UNSCALED_STEPS = 255  # an output without a scale of its own is measured in steps of its range / 255
 
 
 class OnnxBackend:
@@ -136,13 +135,24 @@ class OnnxBackend:
                 self.lower(program, files[label])
             return time_programs(programs, files, feeds_of(next(iter(programs.values()))))
 
+    def other_runtimes(self, named: Sequence[str]) -> list[str]:
+        """Return the runtimes in `named`, once each, that are not ONNX Runtime itself, which always runs.
+
+        Raises GraphoptError where one is not known or not installed.
+        """
+        others = [each for each in dict.fromkeys(named) if each != "onnxruntime"]
+        for each in others:
+            if each != "openvino":
+                raise GraphoptError(f"there is no runtime {each!r}; there are onnxruntime and openvino")
+            load_openvino()
+        return others
+
     def compare(self, path: Path, threads: int, runtime: str) -> Comparison:
         """Run the file in ONNX Runtime and in another runtime, on inputs made up from what it declares.
 
         Raises GraphoptError where the runtime is not known, not installed, or does not take the file.
         """
-        if runtime != "openvino":
-            raise GraphoptError(f"there is no runtime {runtime!r}; the one beside ONNX Runtime is openvino")
+        self.other_runtimes([runtime])
         return compare_with_openvino(path, made_up_feeds(declared_inputs(path, threads)), threads)
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
@@ -212,15 +222,7 @@ def _steps(path: Path, reference: list[Any], outputs: list[Any]) -> float:
     for name, old, new in zip(names, reference, outputs, strict=True):
         if not np.issubdtype(old.dtype, np.floating) or old.size == 0:
             continue
-        finite = old[np.isfinite(old)]
-        spread = float(finite.max() - finite.min()) if finite.size else 0.0
-        # A constant output has no range: its steps are those of a range from zero to it.
-        largest = float(np.abs(finite).max()) if finite.size else 0.0
-        scale = scales.get(name) or (spread or largest) / _UNSCALED_STEPS
-        if scale > 0:
-            worst = max(worst, max_steps(old, new, scale))
-        elif not np.array_equal(old, new, equal_nan=True):
-            worst = math.inf
+        worst = max(worst, output_steps(old, new, scales.get(name)))
     return worst
 
 

@@ -25,6 +25,7 @@ from graphopt.errors import GraphoptError, NotExpressible, first_line
 
 Array = npt.NDArray[Any]
 _BFLOAT16 = "tensor(bfloat16)"
+_UNSCALED_STEPS = 255
 
 
 def sqnr_db(reference: npt.ArrayLike, output: npt.ArrayLike) -> float:
@@ -66,6 +67,23 @@ def max_steps(reference: npt.ArrayLike, output: npt.ArrayLike, scale: npt.ArrayL
     with np.errstate(invalid="ignore"):
         steps = np.where(agree, 0.0, np.abs(expected - actual) / step)
     return float(np.where(np.isnan(steps), np.inf, steps).max(initial=0.0))
+
+
+def output_steps(reference: npt.ArrayLike, output: npt.ArrayLike, scale: float | None) -> float:
+    """`max_steps` of an output of the model: in steps of `scale`, or of 1/255 of its range where it has none.
+
+    A constant output has no range: its steps are those of a range from zero to it.
+    """
+    if scale:
+        return max_steps(reference, output, scale)
+    expected = np.asarray(reference)
+    finite = expected[np.isfinite(expected)].astype(np.float64)
+    spread = float(finite.max() - finite.min()) if finite.size else 0.0
+    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    step = (spread or largest) / _UNSCALED_STEPS
+    if step > 0:
+        return max_steps(reference, output, step)
+    return 0.0 if np.array_equal(*_as_float64(reference, output), equal_nan=True) else math.inf
 
 
 def _as_float64(reference: npt.ArrayLike, output: npt.ArrayLike) -> tuple[Array, Array]:

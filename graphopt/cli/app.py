@@ -119,7 +119,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the runtime.")] = 1,
     runtime: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Run and time it in this runtime too, and compare outputs: openvino."),
+        typer.Option(metavar="NAME", help="Run and time it there too and compare outputs: openvino."),
     ] = None,
 ) -> None:
     """Time a model in its runtime and show where the time goes."""

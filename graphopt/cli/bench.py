@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -27,7 +28,9 @@ def bench_text(
     paths = {"model": model_file(model)}
     if against is not None:
         paths["against"] = model_file(against)
-    timings = backend_by_name(backend).measure(paths, threads)
+    runner = backend_by_name(backend)
+    others = _other_runtimes(runner, runtimes)
+    timings = runner.measure(paths, threads)
     head = Text(f"inputs {', '.join(timings['model'].inputs)}; {threads} thread{'s' * (threads > 1)}; runs in turns\n")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("", "median ms", "least ms", "runs", "ratio"):
@@ -37,17 +40,27 @@ def bench_text(
         each = timings[label]
         ratio = f"{each.latency_ms / reference:.2f}×" if len(paths) > 1 and reference else ""
         table.add_row(Text(str(path)), f"{each.latency_ms:.3f}", f"{each.minimum_ms:.3f}", str(each.runs), ratio)
-    others = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    beside = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("other runtime", "median ms", "beside", "ratio", "largest difference", "at", "SQNR dB"):
-        others.add_column(heading, justify="left" if heading in ("other runtime", "at") else "right")
-    for runtime in runtimes:
-        found = backend_by_name(backend).compare(paths["model"], threads, runtime)
+        beside.add_column(heading, justify="left" if heading in ("other runtime", "at") else "right")
+    for runtime in others:
+        found = runner.compare(paths["model"], threads, runtime)
         cells = [f"{runtime} {found.version}", f"{found.latency_ms:.3f}", f"{found.onnxruntime_ms:.3f}"]
         cells += [f"{found.latency_ms / found.onnxruntime_ms:.2f}×", f"{found.max_steps:.2f} steps", found.output]
-        others.add_row(*(Text(cell) for cell in [*cells, f"{found.sqnr_db:.1f}"]))
-    beside: list[RenderableType] = [Text(), others] if runtimes else []
-    parts: list[RenderableType] = [head, table, *beside, Text(f"\nwhere the time goes in {paths['model']}\n")]
+        beside.add_row(*(Text(cell) for cell in [*cells, f"{found.sqnr_db:.1f}"]))
+    shown: list[RenderableType] = [Text(), beside] if others else []
+    parts: list[RenderableType] = [head, table, *shown, Text(f"\nwhere the time goes in {paths['model']}\n")]
     return plain(Group(*parts, types(timings), Text(), nodes(timings["model"])), WIDTH)
+
+
+def _other_runtimes(runner: Any, named: Sequence[str]) -> list[str]:
+    """Return the runtimes to compare with, known to be there before anything is timed."""
+    if not named:
+        return []
+    if not hasattr(runner, "other_runtimes"):
+        raise GraphoptError(f"the backend {runner.name!r} has one runtime only; leave out --runtime")
+    found: list[str] = runner.other_runtimes(named)
+    return found
 
 
 def model_file(path: Path) -> Path:

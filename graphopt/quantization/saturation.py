@@ -9,7 +9,9 @@ of one sign have codes that add up to more than 32767 / 255 = 128, and a scale c
     s  >=  max over neighbours of one sign (|w_i| + |w_(i+1)|) / 127          rounding adds at most 1
 
 Only channels that need it get the coarser scale; most lose less than the bit that 7-bit weights cost everywhere.
-Neighbours at odd places count as well: which pairs meet is the kernel's business.
+Neighbours at odd places count as well. ONNX Runtime pairs places 0 and 1, 2 and 3, and so on, of the whole row.
+OpenVINO pairs channels within each position of a convolution, so that with three channels places 3 and 4 meet. Being
+safe in both costs normally distributed weights about half a decibel.
 """
 
 from __future__ import annotations

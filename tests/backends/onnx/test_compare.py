@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 from qdq_graphs import GraphBuilder
 
-from graphopt.backends.onnx.compare import max_steps, output_scales, run_onnx, sqnr_db
+from graphopt.backends.onnx.compare import max_steps, output_scales, output_steps, run_onnx, sqnr_db
 from graphopt.errors import GraphoptError
 
 
@@ -65,6 +65,16 @@ def test_steps_are_counted_in_scales() -> None:
 def test_a_scale_must_be_positive(scale: float) -> None:
     with pytest.raises(GraphoptError, match="scales must be positive"):
         max_steps([1.0], [1.0], scale)
+
+
+def test_steps_of_an_output_without_a_scale_are_those_of_its_range() -> None:
+    values = np.array([-1.0, 4.1, np.inf], np.float32)
+    assert output_steps(values, values + np.float32(0.02), None) == pytest.approx(1, rel=1e-4)
+    assert output_steps(values, values + np.float32(0.02), 0.01) == pytest.approx(2, rel=1e-4)
+    assert output_steps(np.full(2, 5.1), np.full(2, 5.14), None) == pytest.approx(2)  # constant: from zero to it
+    assert output_steps(np.zeros(2), np.zeros(2), None) == 0
+    assert output_steps(np.zeros(2), np.full(2, 1e-9), None) == np.inf
+    assert output_steps(np.zeros(0), np.zeros(0), None) == 0
 
 
 def test_output_scales_are_those_of_the_last_pair(tmp_path: Path) -> None:

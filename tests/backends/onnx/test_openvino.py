@@ -13,12 +13,14 @@ import pytest
 import targets
 import torch
 from cli_models import static
+from onnx import TensorProto, helper
 from qdq_graphs import GraphBuilder
 
 import graphopt
 from graphopt.backends.onnx import openvino_runtime
+from graphopt.backends.onnx.backend import OnnxBackend
 from graphopt.backends.onnx.openvino_runtime import compare_with_openvino
-from graphopt.cli import main
+from graphopt.cli import bench, main
 from graphopt.errors import GraphoptError
 
 installed = pytest.mark.skipif(
@@ -70,7 +72,58 @@ def test_the_command_shows_both(quantized: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "other runtime" in shown and "openvino 2" in shown and "steps" in shown
     assert main(["bench", str(quantized), "--runtime", "tensorflow"]) == 2
-    assert "the one beside ONNX Runtime is openvino" in capsys.readouterr().err
+    assert "there are onnxruntime and openvino" in capsys.readouterr().err
+
+
+def test_onnxruntime_always_runs(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(quantized), "--runtime", "onnxruntime"]) == 0
+    assert "other runtime" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("named", ["openvino", "tensorflow"])
+def test_a_runtime_that_is_not_there_is_told_before_anything_is_timed(
+    named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> Any:
+        raise ImportError(name)
+
+    def timed(*arguments: Any) -> Any:
+        raise AssertionError("timed first")
+
+    monkeypatch.setattr(openvino_runtime.importlib, "import_module", absent)  # type: ignore[attr-defined]
+    monkeypatch.setattr(OnnxBackend, "measure", timed)
+    (tmp_path / "m.onnx").touch()
+    assert main(["bench", str(tmp_path / "m.onnx"), "--runtime", named]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_backend_with_one_runtime_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        name = "other"
+
+    monkeypatch.setattr(bench, "backend_by_name", lambda name: Other())
+    (tmp_path / "m.onnx").touch()
+    with pytest.raises(GraphoptError, match="the backend 'other' has one runtime only; leave out --runtime"):
+        bench.bench_text(tmp_path / "m.onnx", None, "other", 1, ["openvino"])
+
+
+@installed
+def test_scalars_and_integer_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Cast", ["y"], ["z"], to=TensorProto.INT32)]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xy")
+    z = helper.make_tensor_value_info("z", TensorProto.INT32, [])
+    graph = helper.make_graph(nodes, "scalars", [x], [y, z])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "m.onnx")
+    feeds = {"x": np.array(3.0, np.float32)}
+    assert compare_with_openvino(tmp_path / "m.onnx", feeds).max_steps == 0
+    real = openvino_runtime.run_onnx
+
+    def other_integer(*arguments: Any, **options: Any) -> Any:
+        return {name: value + (name == "z") for name, value in real(*arguments, **options).items()}
+
+    monkeypatch.setattr(openvino_runtime, "run_onnx", other_integer)
+    found = compare_with_openvino(tmp_path / "m.onnx", feeds)
+    assert found.output == "z" and found.max_steps == np.inf
 
 
 @installed
