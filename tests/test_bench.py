@@ -209,6 +209,35 @@ def test_the_table_shows_the_last_run_and_its_limits(bench: dict[str, ModuleType
     assert "- MISSED: latency_ms ÷ the best peer's ≤ 1.05: 4.950" in every.stdout
 
 
+def test_the_page_needs_a_sentence_for_every_miss(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    results, reasons, page = tmp_path / "results.jsonl", tmp_path / "reasons.toml", tmp_path / "peers.md"
+    others = {"total_seconds": 10.0, "peak_bytes": 1e9}
+    bench["records"].append(
+        results,
+        [
+            _record("fp32", {"latency_ms": 80.0}),
+            _record("graphopt", {"latency_ms": 40.0, **others}),
+            _record("nncf", {"latency_ms": 20.0, **others}),
+        ],
+    )
+    command = (results, "--docs", page, "--reasons", reasons)
+    reasons.write_text("")
+    silent = _table(*command)
+    assert silent.returncode == 1 and not page.exists()
+    assert "must say why" in silent.stderr and "resnet50: latency_ms ÷ the best peer's" in silent.stderr
+    reasons.write_text('[resnet50]\nlatency_ms = "It was a bad day."\n')
+    assert _table(*command).returncode == 0
+    assert "(nncf: 20). It was a bad day." in page.read_text()
+    for text, message in (
+        ("[", "is not TOML"),
+        ("resnet50 = 1", "a sentence for each quantity"),
+        ('[resnet50]\nlatncy = "x"', "resnet50.latncy is no limit"),
+    ):
+        reasons.write_text(text)
+        done = _table(*command)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("{", ":1 is not JSON"), ('{"schema": 0}', ":1 is not a record of schema 1")]
 )
