@@ -103,7 +103,7 @@ def _run(path: Path, inputs: Any) -> Iterator[Any]:
         yield np.asarray(value, dtype=np.float64)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["int8_static", pytest.param("int8_dynamic", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_kind_becomes_a_file(name: str, recipe: str, tmp_path: Path) -> None:
     check(name, write(name, recipe, tmp_path))

@@ -15,6 +15,7 @@ from graphopt.backends.onnx.backend import OnnxBackend
 from graphopt.errors import GraphoptError
 
 RECIPES = ("int8_static", "int8_dynamic")
+MEASURED = pytest.param("int8", marks=pytest.mark.slow)
 
 
 def _file(
@@ -90,7 +91,7 @@ class Masked(nn.Module):
         return self.norm(x + self.out((weights @ v).transpose(1, 2).reshape(2, 6, 16)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "int8"])
+@pytest.mark.parametrize("recipe", [*RECIPES, MEASURED])
 @pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -torch.inf, -1e9])
 def test_masks_do_not_reach_calibration(hidden: float, recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -123,7 +124,7 @@ class Aliases(nn.Module):
         return x, y, y, y.view(4, 2), x.t()
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "int8"])
+@pytest.mark.parametrize("recipe", [*RECIPES, MEASURED])
 def test_outputs_that_alias(recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = (torch.randn(2, 4),)
@@ -167,7 +168,7 @@ class Decides(Conditional):
 
 
 @pytest.mark.parametrize("module", [Conditional(), Decides()])
-@pytest.mark.parametrize("recipe", [*RECIPES, "int8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_control_flow_is_one_sentence_with_a_remedy(module: nn.Module, recipe: str) -> None:
     calibration = None if recipe == "int8_dynamic" else [(torch.randn(2, 4),)]
     with pytest.raises(GraphoptError, match=r"torch\.where.* or export that part on its own") as caught:

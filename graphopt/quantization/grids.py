@@ -55,9 +55,11 @@ class IntegerGrid:
         """
         # float32 holds neither 2**31 - 1 nor every code of a 32-bit grid.
         compute = torch.float64 if self.bits > 24 else torch.promote_types(x.dtype, torch.float32)
-        steps = torch.round(x.to(compute) / scale.to(compute))
-        steps = torch.where(torch.isnan(steps), torch.zeros_like(steps), steps)
-        codes = steps if zero_point is None else steps + zero_point.to(compute)
+        codes = x.to(compute) / scale.to(compute)
+        codes = torch.round(codes)  # one name, so that each step's value is freed by the next
+        codes = torch.where(torch.isnan(codes), 0.0, codes)
+        if zero_point is not None:
+            codes = codes + zero_point.to(compute)
         return codes.clamp(self.code_min, self.code_max).to(self.storage)
 
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

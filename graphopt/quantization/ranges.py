@@ -124,8 +124,11 @@ def _integrated_error(steps: np.ndarray, grid: IntegerGrid, zero_point: int) -> 
     Within a cell around the code k it is (steps - k)^3 / 3, and 1/12 a full cell; beyond the outermost codes the
     distance goes on growing.
     """
-    nearest = np.clip(np.round(steps), grid.code_min - zero_point, grid.code_max - zero_point)
-    area: np.ndarray = nearest / 12 + (steps - nearest) ** 3 / 3
+    nearest = np.rint(steps)
+    np.minimum(nearest, grid.code_max - zero_point, out=nearest)
+    np.maximum(nearest, grid.code_min - zero_point, out=nearest)
+    away = steps - nearest
+    area: np.ndarray = nearest / 12 + away * away * away / 3  # numpy's power takes many times as long
     return area
 
 

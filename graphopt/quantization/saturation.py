@@ -16,12 +16,15 @@ safe in both costs normally distributed weights about half a decibel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
 from graphopt.ir.arguments import arguments, operator
 
 _LIMIT = 32767 // 255
+_BLOCK = 1 << 18  # elements looked at together
 
 
 def paired_rows(weight: Tensor, node: fx.Node) -> Tensor | None:
@@ -38,15 +41,28 @@ def paired_rows(weight: Tensor, node: fx.Node) -> Tensor | None:
 
 def safe_scale(rows: Tensor) -> Tensor:
     """Return the smallest scale [out] with which no neighbours in `rows` [out, k] can saturate."""
-    if rows.shape[1] < 2:
-        return torch.zeros(len(rows), dtype=torch.float64)
-    first, second = rows[:, :-1].double(), rows[:, 1:].double()
-    sums = torch.where(first * second > 0, first.abs() + second.abs(), 0.0)
-    return sums.amax(1) / (_LIMIT - 1)
+    least = torch.zeros(len(rows), dtype=torch.float64)
+    for start, block in _blocks(rows):
+        wide = block.double()
+        size, same = wide.abs(), wide[:, :-1] * wide[:, 1:] > 0
+        sums = (size[:, :-1] + size[:, 1:]).masked_fill_(~same, 0.0)
+        least[start : start + len(block)] = sums.amax(1) / (_LIMIT - 1)
+    return least
 
 
 def saturating(codes: Tensor) -> Tensor:
     """Return for each row of int8 `codes` [out, k] whether activations exist that saturate a pair of neighbours."""
-    wide = codes.to(torch.int64)
-    first, second = wide[:, :-1], wide[:, 1:]
-    return ((first * second > 0) & (first.abs() + second.abs() > _LIMIT)).any(1)
+    found = torch.zeros(len(codes), dtype=torch.bool)
+    for start, block in _blocks(codes):
+        wide = block.to(torch.int16)  # which holds the product of any two codes
+        size, same = wide.abs(), wide[:, :-1] * wide[:, 1:] > 0
+        found[start : start + len(block)] = (same & (size[:, :-1] + size[:, 1:] > _LIMIT)).any(1)
+    return found
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, some rows of at least two elements): what is computed on the way needs little memory."""
+    if rows.shape[1] >= 2:
+        count = max(_BLOCK // rows.shape[1], 1)
+        for start in range(0, len(rows), count):
+            yield start, rows[start : start + count]

@@ -35,8 +35,10 @@ def pair_scale(weight: Tensor, reader: fx.Node, grid: IntegerGrid, target: Targe
     rows = paired_rows(weight, reader) if target.saturates_pairs and weight.numel() > 0 else None
     if rows is None or not bool(rows.isfinite().all()):
         return None
-    codes = dialect.quantize(rows, symmetric_scale(rows, grid, 0), None, 0, 0, grid.name)
-    return torch.where(saturating(codes), safe_scale(rows), 0.0)
+    unsafe = saturating(dialect.quantize(rows, symmetric_scale(rows, grid, 0), None, 0, 0, grid.name))
+    least = torch.zeros(len(rows), dtype=torch.float64)
+    least[unsafe] = safe_scale(rows[unsafe])
+    return least
 
 
 def quantize_weight(
