@@ -42,7 +42,7 @@ class Equalize(Pass):
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_batch_norm")
 
     iterations: PositiveInt = 50
-    convergence: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    convergence: Annotated[float, Field(gt=0, lt=1)] = 0.02
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
@@ -58,17 +58,20 @@ class Equalize(Pass):
         balance = _Balance(pairs, rewriter)
         before = {space.name: balance.imbalance(space) for space in pairs}
         total = {space.name: torch.ones(space.shape, dtype=torch.float64) for space in pairs}
+        unsettled = set(total)
         with context.progress.stage("equalize", self.iterations) as stage:
             for _ in range(self.iterations):
-                largest = 0.0
                 for space in pairs:
+                    if space.name not in unsettled:
+                        continue
+                    unsettled.discard(space.name)
                     scale = balance.scale(space)
-                    largest = max(largest, float((scale - 1).abs().max()))
                     if bool(((scale - 1).abs() > self.convergence).any()):
                         total[space.name] *= scale
                         balance.apply(space, scale)
+                        unsettled |= balance.beside(space)
                 stage.advance()
-                if largest <= self.convergence:
+                if not unsettled:
                     break
         edits = Reparameterization(rewriter)
         for space in pairs:
@@ -95,18 +98,34 @@ def _sides(space: Space) -> tuple[list[Member], list[Member]]:
 
 
 class _Balance:
-    """The values of the weights while they are balanced, in float64."""
+    """The magnitudes of the weights while they are balanced: a copy, changed in place, as only ranges are read of it."""
 
     def __init__(self, spaces: list[Space], rewriter: Rewriter) -> None:
         nodes = {member.node for space in spaces for member in space.members}
-        self._values = {str(node.target): rewriter.value(node) for node in nodes}
+        magnitudes = {node: _magnitude(rewriter.value(node)) for node in nodes}
+        self._views = {
+            (space.name, member): list(space.views(member, magnitudes[member.node]))
+            for space in spaces
+            for member in space.members
+        }
 
-    def _value(self, node: fx.Node) -> Tensor:
-        return self._values[str(node.target)]
+        self._of_node: dict[fx.Node, set[str]] = {}
+        for space in spaces:
+            for member in space.members:
+                self._of_node.setdefault(member.node, set()).add(space.name)
+
+    def beside(self, space: Space) -> set[str]:
+        """Return the names of the other spaces that hold weights of a space."""
+        return {name for member in space.members for name in self._of_node[member.node]} - {space.name}
 
     def ranges(self, space: Space, members: list[Member]) -> Tensor:
-        """Return the largest magnitude at each coordinate [*fibres, n] over some members."""
-        return torch.stack([space.gather(each, self._value(each.node)).abs().amax(0) for each in members]).amax(0)
+        """Return the largest magnitude at each coordinate [*fibres, n] over some members, float64."""
+        found = []
+        for member in members:
+            for view in self._views[space.name, member]:
+                rest = tuple(range(view.dim() - len(space.shape)))
+                found.append(view.amax(rest) if rest else view)
+        return torch.stack(found).amax(0).to(torch.float64)
 
     def scale(self, space: Space) -> Tensor:
         """Return s [*fibres, n]; 1 where a side holds nothing but zeros."""
@@ -115,10 +134,16 @@ class _Balance:
         return torch.where((multiplied > 0) & (divided > 0) & torch.isfinite(scale), scale, 1.0)
 
     def apply(self, space: Space, scale: Tensor) -> None:
-        self._values |= space.transform(scale, self._value)
+        for member in space.members:
+            for view in self._views[space.name, member]:
+                view.mul_((1 / scale if member.dual else scale).to(view.dtype))
 
     def imbalance(self, space: Space) -> float:
         """Return the largest over the smallest range that is not zero, of the weights that a change multiplies."""
         ranges = self.ranges(space, _sides(space)[0]).flatten()
         live = ranges[ranges > 0]
         return float(live.max() / live.min()) if len(live) else 1.0
+
+
+def _magnitude(value: Tensor) -> Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32)).abs().contiguous()

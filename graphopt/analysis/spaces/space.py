@@ -135,8 +135,11 @@ class Space:
         `value` replaces what the program holds; it has the weight's shape.
         """
         value = stored(member.node) if value is None else value
-        views = blocks(value.detach().contiguous(), self._axes[member.node], member.slots, self._sibling_atoms)
-        return self._stacked(views)
+        return self._stacked(self.views(member, value.detach().contiguous()))
+
+    def views(self, member: Member, value: Tensor) -> Iterator[Tensor]:
+        """Yield views [..., *fibres, size] of a contiguous tensor of the weight's shape: a write goes to `value`."""
+        return blocks(value, self._axes[member.node], member.slots, self._sibling_atoms)
 
     def gather_read(self, read: Read, value: Tensor) -> Tensor:
         """Return what stands at each coordinate [rest, *fibres, size] of an activation.
