@@ -31,6 +31,7 @@ from graphopt.backends.onnx.timing import declared_inputs, made_up_feeds, measur
 from graphopt.errors import GraphoptError, first_line
 from graphopt.files import replacing_folder_content
 from graphopt.ir import Program, is_tensor
+from graphopt.memory import release_freed
 from graphopt.target import Target
 
 # A protobuf message ends at 2 GiB; weights beyond this go to a file of their own.
@@ -59,13 +60,16 @@ class OnnxBackend:
         if path.is_dir():
             raise GraphoptError(f"{path} is a folder; name a file in it, as in {path / 'model.onnx'}")
         model = lower(program)
+        opset = model.opset_imports[""]
         weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         data = f"{path.name}.data"
         with replacing_folder_content(path.parent, [path.name, data]) as folder:
             ir.save(model, folder / path.name, external_data=data if weight_bytes > _EXTERNAL_BYTES else None)
+            del model
+            release_freed()  # a session holds the weights again
             self._check(folder / path.name)
             try:
-                yield folder / path.name, model.opset_imports[""]
+                yield folder / path.name, opset
             except GraphoptError as error:
                 # The user knows the file by the name that it was to have.
                 raise type(error)(str(error).replace(str(folder / path.name), str(path))) from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Collection, Sequence
@@ -19,6 +17,7 @@ from graphopt.ir.printing import node_text, program_text
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Changes
 from graphopt.ir.verify import verify
+from graphopt.memory import peak_bytes, release_freed
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Branch, Composite, LossyPass, Pass, Step, site_names
 from graphopt.pipeline.registry import make_pass
@@ -190,6 +189,7 @@ class _Run:
             candidate, changes = program, Changes(skipped=changes.skipped)
         _describe(record, program, candidate, changes)
         self.trace.records.append(record)
+        release_freed()
         return candidate
 
     def _transform(self, each: Pass, candidate: Program, record: PassRecord) -> Changes:
@@ -303,5 +303,4 @@ def _measure(record: PassRecord, program: Program) -> None:
     record.nodes = sum(node.op == "call_function" for node in program.graph.nodes)
     record.parameter_bytes, record.macs = parameter_bytes(program), macs(program)
     record.parameters, record.weight_bits = parameters(program), weight_bits(program)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record.peak_memory_bytes = peak if sys.platform == "darwin" else peak * 1024
+    record.peak_memory_bytes = peak_bytes()

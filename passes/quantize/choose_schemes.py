@@ -25,6 +25,7 @@ from graphopt.analysis.numerics import SiteError, explain_sites, site_errors
 from graphopt.backend import Profile
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Site, arguments, operator
+from graphopt.memory import release_freed
 from graphopt.passes.quantize.dynamic import QuantizeDynamic
 from graphopt.passes.quantize.static import QuantizeStatic
 from graphopt.pipeline import Context, LossyPass
@@ -76,6 +77,7 @@ class _Work:
         candidates = {FLOAT: self.program.clone(), STATIC: self.program.clone(), DYNAMIC: self.program.clone()}
         static = _touched(self.static.apply(candidates[STATIC], self.context, {}))
         dynamic = _touched(self.dynamic.apply(candidates[DYNAMIC], self.context, {}))
+        release_freed()
         sites = {name: self._node(name) for name in dict.fromkeys([*static, *dynamic])}
         candidates = {scheme: made for scheme, made in candidates.items() if scheme != DYNAMIC or dynamic}
         reasons: dict[str, str] = {}
@@ -109,6 +111,7 @@ class _Work:
         self.static.apply(program, self.context, {name: each for name, each in chosen.items() if each != STATIC})
         if DYNAMIC in chosen.values():
             self.dynamic.apply(program, self.context, {name: each for name, each in chosen.items() if each != DYNAMIC})
+        release_freed()
         return program
 
     def _measure(self, programs: Mapping[str, Program]) -> dict[str, Profile]:

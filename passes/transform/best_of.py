@@ -23,6 +23,7 @@ from pydantic import Field, PositiveInt
 
 from graphopt.analysis.numerics import Noise
 from graphopt.ir import Changes, Program
+from graphopt.memory import release_freed
 from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
 
 
@@ -91,4 +92,6 @@ class BestOf(Composite):
             for flat, outputs in zip(context.needed_calibration(self.name), exact, strict=True):
                 for made, wanted in zip(quantized.run(flat), outputs, strict=True):
                     noise.add(made, wanted)
+        del quantized
+        release_freed()
         return noise.ratio

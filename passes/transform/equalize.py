@@ -98,7 +98,7 @@ def _sides(space: Space) -> tuple[list[Member], list[Member]]:
 
 
 class _Balance:
-    """The magnitudes of the weights while they are balanced: a copy, changed in place, as only ranges are read of it."""
+    """The magnitudes of the weights while they are balanced: a copy, changed in place; only ranges are read of it."""
 
     def __init__(self, spaces: list[Space], rewriter: Rewriter) -> None:
         nodes = {member.node for space in spaces for member in space.members}
