@@ -12,7 +12,10 @@ from graphopt.calibration.batches import EMPTY, Batches
 from graphopt.calibration.observers import Histogram, Observer
 from graphopt.errors import GraphoptError, described
 from graphopt.ir.program import Program
+from graphopt.memory import release_freed
 from graphopt.progress import Progress
+
+_TIDY = 16  # batches after which what observers dropped goes back to the system
 
 
 def collect(
@@ -48,7 +51,10 @@ def observe(
                     "give batches like the example inputs"
                 ) from error
             count += 1
+            if count % _TIDY == 0:
+                release_freed()
             stage.advance()
+    release_freed()
     if count == 0:
         raise GraphoptError(EMPTY)
 
