@@ -206,3 +206,26 @@ def test_a_metric_that_fails_on_a_candidate_only_is_one_sentence() -> None:
             nn.Linear(4, 4), inputs, recipe="int8", calibration=[inputs], evaluate=evaluate,
             budget=graphopt.Budget(metric_drop=0.0),
         )  # fmt: skip
+
+
+class Resized(nn.Module):
+    """Its resizing asks whether the batch is 2: in the example it is, as the image's sides are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.head(x).permute(0, 2, 1).reshape(x.shape[0], -1, 2, 2)
+        return nn.functional.interpolate(image, size=(4, 4), mode="bilinear", align_corners=False)
+
+
+def test_an_open_size_stays_open_where_an_operator_compares_it(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 6)
+    result = graphopt.optimize(
+        Resized().eval(), (x,), recipe="int8_dynamic", dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
+    assert not isinstance(result.program.placeholders[0].meta["val"].shape[0], int)
+    result.export(tmp_path / "model.onnx", measure=False)
+    (made,) = OnnxBackend().run(tmp_path / "model.onnx", [torch.randn(3, 4, 6)])
+    assert made.shape == (3, 5, 4, 4)

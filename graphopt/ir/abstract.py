@@ -6,6 +6,7 @@ printing all read it, so it must say what the operator does: the Rewriter refres
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -47,7 +48,10 @@ def abstract_value(mode: FakeTensorMode, node: fx.Node) -> Any:
     Raises what the operator raises on inputs it does not take, and one of `UNKNOWABLE` where shapes do not tell.
     """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    with _LOCK, mode, torch.no_grad():
+    # An operator asks of an open size what holds for the example's (is it 2, as another size is?). A size that was
+    # opened stays open: what is asked here binds nobody.
+    unbound = contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+    with _LOCK, mode, unbound, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
