@@ -309,6 +309,7 @@ def test_rows_of_a_table_are_dequantized_where_they_are_read(tmp_path: Path) -> 
     assert {node.op_type for node in onnx.load(path).graph.node} == {"Gather", "Cast", "Sub", "Mul"}
 
 
+@pytest.mark.slow  # a whole encoder and decoder
 def test_reshapes_behind_a_decomposition_need_no_strides(tmp_path: Path) -> None:
     """The exporter decomposes some operators, and makes views of what is transposed, whose strides it does not know."""
     import zoo
