@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 import graphopt
 from graphopt.backend import ExportReport
 from graphopt.backends.onnx.backend import OnnxBackend
+from graphopt.backends.onnx.compare import sqnr_db
 from graphopt.ir import operator
 
 RECIPES = ("int8_static", "int8_dynamic")
@@ -88,7 +89,9 @@ def check(name: str, written: Written) -> None:
     if written.second is not None:
         for made, exact in zip(_run(report.path, written.second), _outputs(result(**written.second)), strict=True):
             assert made.shape == exact.shape
-            assert name in ROUTED or np.abs(made - exact).max() <= 0.03 * max(np.abs(exact).max(), 1e-6)
+            close = np.abs(made - exact).max() <= 0.03 * max(np.abs(exact).max(), 1e-6)
+            # Or, where a deep model of random weights amplifies, a tenth of what quantizing does to the outputs.
+            assert name in ROUTED or close or sqnr_db(exact, made) >= report.sqnr_db + 10
     assert all(reason for _, reason in written.floats), written.floats
     assert sum(report.fused.values()) > 0 or written.floats
 
