@@ -90,8 +90,9 @@ def check(name: str, written: Written) -> None:
         for made, exact in zip(_run(report.path, written.second), _outputs(result(**written.second)), strict=True):
             assert made.shape == exact.shape
             close = np.abs(made - exact).max() <= 0.03 * max(np.abs(exact).max(), 1e-6)
-            # Or, where a deep model of random weights amplifies, a tenth of what quantizing does to the outputs.
-            assert name in ROUTED or close or sqnr_db(exact, made) >= report.sqnr_db + 10
+            # A model of random weights that amplifies each rounding may differ by a tenth of what quantizing does.
+            amplifies = report.sqnr_db < 16
+            assert name in ROUTED or close or (amplifies and sqnr_db(exact, made) >= report.sqnr_db + 10)
     assert all(reason for _, reason in written.floats), written.floats
     assert sum(report.fused.values()) > 0 or written.floats
 

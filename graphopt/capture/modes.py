@@ -77,7 +77,7 @@ def _evaluate(model: nn.Module) -> None:
 def _train(model: nn.Module) -> None:
     try:
         model.train()
-    except NotImplementedError:
+    except NotImplementedError:  # as above: there is no mode to give back
         return
 
 

@@ -108,7 +108,6 @@ class _Balance:
             for space in spaces
             for member in space.members
         }
-
         self._of_node: dict[fx.Node, set[str]] = {}
         for space in spaces:
             for member in space.members:
