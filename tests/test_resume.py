@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "saved 2",
         pytest.param("step 2", marks=pytest.mark.slow),
         pytest.param("saved 1", marks=pytest.mark.slow),
-        pytest.param("step 12", marks=pytest.mark.slow),
+        pytest.param("step 8", marks=pytest.mark.slow),
         pytest.param("saved 3", marks=pytest.mark.slow),
         pytest.param("writing", marks=pytest.mark.slow),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -187,6 +188,8 @@ def to_exported(program: Program) -> ExportedProgram:
             new.meta = dict(node.meta)
             continue
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if "val" in node.meta:
+            mapping[node].meta["val"] = pytree.tree_map_only(FakeTensor, _at_the_start, node.meta["val"])
         if node.op == "placeholder":
             specs.append(InputSpec(InputKind.USER_INPUT, _argument(mapping[node]), None))
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(value), None) for value in graph.output_node().args[0]]  # type: ignore[union-attr]
@@ -212,6 +215,20 @@ def to_exported(program: Program) -> ExportedProgram:
     # What torch wrote down of sizes while it traced: by chance of how often it did, and no promise of the program's.
     exported._guards_code = []
     return exported
+
+
+def _at_the_start(value: FakeTensor) -> Tensor:
+    """Return an abstract tensor that begins its storage.
+
+    torch writes where in its storage a view begins and does not read it back: what is saved, loaded and saved again
+    would be another file.
+    """
+    offset = value.storage_offset()
+    if value.layout != torch.strided or (isinstance(offset, int) and offset == 0):
+        return value
+    with value.fake_mode:
+        start = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    return start.requires_grad_(value.requires_grad)
 
 
 def _given_names(signature: Signature) -> list[str] | None:

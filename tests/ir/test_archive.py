@@ -221,6 +221,21 @@ def test_a_class_not_known_here_is_a_sentence(
     assert type(after(torch.ones(2))).__name__ == "Elsewhere"
 
 
+class Parts(nn.Module):
+    """Two views of one tensor: the second does not begin where the tensor does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        return first * second
+
+
+def test_what_is_loaded_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    program = capture(Parts(), (torch.randn(2, 6),), ({0: torch.export.Dim("batch")},))
+    program.save(tmp_path / "first.pt2")
+    Program.load(tmp_path / "first.pt2").save(tmp_path / "second.pt2")
+    assert (tmp_path / "first.pt2").read_bytes() == (tmp_path / "second.pt2").read_bytes()
+
+
 # --- Damaged files
 
 
