@@ -13,7 +13,7 @@ from torch import fx
 
 from graphopt.backends.onnx.cleanup.editor import constant_dequantize, producer
 from graphopt.ir import Program, arguments, operator
-from graphopt.quantization.grids import grid
+from graphopt.quantization.grids import grid, integer_grid
 
 PACKED_OPSET = 21  # int4, uint4, block_size
 _TWO_BIT_OPSET = 25  # int2, uint2
@@ -36,7 +36,7 @@ def two_bits_known() -> bool:
 
 def packed_type(format: str, opset: int) -> ir.DataType | None:
     """Return the type that packs the codes of a grid at `opset`; None where a code takes a byte."""
-    form = grid(format)
+    form = integer_grid(format)
     if form.bits > 4 or opset < PACKED_OPSET:
         return None
     if form.bits == 2 and opset >= _TWO_BIT_OPSET and two_bits_known():

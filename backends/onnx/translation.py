@@ -27,6 +27,7 @@ from graphopt.backends.onnx.packing import PACKED_OPSET
 from graphopt.errors import NotExpressible
 from graphopt.ir import Program, arguments, dialect, operator, source_line
 from graphopt.ir.hadamard import Kernels, stage_matrix, stages
+from graphopt.quantization.grids import IntegerGrid, grid
 
 _LIBRARY = torch.library.Library("graphopt_onnx", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("global_average_pool(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
@@ -61,6 +62,10 @@ def refuse(program: Program) -> None:
         named = arguments(node)
         where = source_line(node)
         place = f"{node.name}{f' ({where})' if where else ''}"
+        if "format" in named and not isinstance(grid(named["format"]), IntegerGrid):
+            raise NotExpressible(
+                f"ONNX files hold integer codes here, {place} has {named['format']}; choose an integer grid"
+            )
         if name in ("graphopt.quantize", "graphopt.fake_quantize") and named["group_size"] != 0:
             kind = "token" if named["group_size"] < 0 else "group"
             raise NotExpressible(

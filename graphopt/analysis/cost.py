@@ -38,18 +38,25 @@ def parameters(program: Program) -> int:
     return count
 
 
-def weight_bits(program: Program) -> int:
+def weight_bits(program: Program) -> float:
     """Return the bits of all weights once packed.
 
-    Codes and zero points count the bits of their grid, whatever stores them here, everything else (scales, tables,
-    floats) those of its dtype.
+    Codes and zero points count the bits of their grid, whatever stores them here. A scale counts what its format has
+    for one; other scales and tables count 16 bits where float16 holds every one of them exactly, like floats else those
+    of their dtype.
     """
-    total = 0
-    for node, weight in _weights(program):
-        stored = 8 * weight.element_size()
-        coded = [grid(name).bits for role, name in _roles(node) if role in ("codes", "zero_point")]
-        total += weight.numel() * (min(stored, max(coded)) if coded else stored)
-    return total
+    return sum(weight.numel() * _bits_each(weight, _roles(node)) for node, weight in _weights(program))
+
+
+def _bits_each(weight: Tensor, roles: list[tuple[str, str]]) -> float:
+    stored = 8 * weight.element_size()
+    if not roles or any(role not in ("codes", "zero_point", "scale", "table") for role, _ in roles):
+        return stored
+    fixed = [grid(name).scale_bits for role, name in roles if role == "scale" and grid(name).scale_bits]
+    coded = [grid(name).bits for role, name in roles if role in ("codes", "zero_point")]
+    if coded or fixed:
+        return min(stored, max([*coded, *fixed]))
+    return 16 if stored > 16 and torch.equal(weight.to(torch.float16).to(weight.dtype), weight) else stored
 
 
 def _weights(program: Program) -> list[tuple[fx.Node, Tensor]]:

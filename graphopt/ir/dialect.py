@@ -16,17 +16,18 @@ Granularity follows from `scale` and `group_size` (K = size of `axis`); a zero p
     per group      scale [..., ceil(K/g), ...]   group_size g > 0   blocks of g along `axis`; the last may be short
     per token      scale [..., 1, ...]           group_size -1      one block is all of `axis` (the last: a token)
 
-`format` names a grid (`graphopt.quantization.grids`). `table` is for codebook grids; no integer grid takes one.
+`format` names a grid (`graphopt.quantization.grids`). `table` holds a codebook grid's values, [n] or a row [n] for each
+entry of the first axis of codes; no other grid takes one, and `quantize` has none: a codebook is for weights.
 `hadamard` rotates blocks of the last axis (block 0: all of it) by Q = diag(signs) · (H ⊗ small), or Qᵀ; small is [k, k]
 and orthogonal, signs are [n] or [block]; see `graphopt.ir.hadamard`.
 
 `dequantize` gives the dtype of `scale`, `fake_quantize` and `hadamard` that of x. Every operator is an ATen composite,
 so any backend can decompose it (`decomposition_table`), and has a fake rule for tracing. `dequantize` and
-`fake_quantize` have gradients: straight-through for x inside the range, exact for scale. `quantize` and `dynamic_scale`
-have none: a dynamic range is a constant to training, as codes are. `hadamard` has one for x; to it small and signs are
-constants.
+`fake_quantize` have gradients: straight-through for x inside the range, exact for scale and table. `quantize` and
+`dynamic_scale` have none: a dynamic range is a constant to training, as codes are. `hadamard` has one for x; to it
+small and signs are constants.
 
-A scale, zero point, `small` or `signs` of the wrong shape raises ValueError, an unknown format GraphoptError.
+A scale, zero point, table, `small` or `signs` of the wrong shape raises ValueError, an unknown format GraphoptError.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import GraphoptError
 from graphopt.ir.hadamard import split, transform
 from graphopt.quantization.grids import grid
 
@@ -94,7 +94,9 @@ def _block_shape(x: Tensor, axis: int, group_size: int) -> list[Any]:
     return shape
 
 
-def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int) -> None:
+def _check(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group_size: int, table: Tensor | None = None
+) -> None:
     """Refuse what would broadcast to something that nobody meant; symbolic sizes are taken at their word."""
     if zero_point is not None and _differ(zero_point.shape, scale.shape):
         raise ValueError(
@@ -114,6 +116,8 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, group
             f"scale has shape {list(scale.shape)}; x of shape {list(x.shape)} along axis {axis} with group_size "
             f"{group_size} takes {wanted}"
         )
+    if table is not None and table.dim() == 2 and (x.dim() == 0 or _differ(table.shape[:1], x.shape[:1])):
+        raise ValueError(f"table has shape {list(table.shape)}; codes of shape {list(x.shape)} take a row for each [0]")
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -148,11 +152,9 @@ def _dequantize(
     group_size: int = 0,
     format: str = "int8",
 ) -> Tensor:
-    if table is not None:
-        raise GraphoptError(f"the integer grid {format!r} takes no table; pass table=None")
-    _check(codes, scale, zero_point, axis, group_size)
+    _check(codes, scale, zero_point, axis, group_size, table)
     zero = None if zero_point is None else spread(zero_point, codes, axis, group_size)
-    return grid(format).decode(codes, spread(scale, codes, axis, group_size), zero)
+    return grid(format).decode(codes, spread(scale, codes, axis, group_size), zero, table)
 
 
 def _dynamic_scale(x: Tensor, axis: int = 0, group_size: int = 0, format: str = "int8") -> tuple[Tensor, Tensor]:
@@ -160,7 +162,8 @@ def _dynamic_scale(x: Tensor, axis: int = 0, group_size: int = 0, format: str = 
 
     The arithmetic is ONNX DynamicQuantizeLinear's, so that a runtime's operator gives the same codes. Half precision is
     computed in float32, where the width of the range cannot overflow. Where nothing or only zeros is there, scale is 1;
-    where NaN or infinity is, scale is not finite either, and the result shows it.
+    where NaN or infinity is, scale is not finite either, and the result shows it. A grid that takes no zero point has
+    the scale that brings the largest magnitude to its end; its zero points are zeros, to be left out.
     """
     target = grid(format)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -172,6 +175,10 @@ def _dynamic_scale(x: Tensor, axis: int = 0, group_size: int = 0, format: str = 
     else:
         low = _by_block(wide, axis, group_size, torch.amin)
         high = _by_block(wide, axis, group_size, torch.amax)
+    if not target.affine:
+        largest = torch.maximum(low.abs(), high.abs())
+        scale = torch.where(largest.isfinite(), target.scale_for(largest), torch.nan).to(x.dtype)
+        return scale, torch.zeros_like(scale, dtype=target.storage)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (target.code_max - target.code_min)).to(x.dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -228,7 +235,7 @@ def _(
     group_size: int = 0,
     format: str = "int8",
 ) -> Tensor:
-    _check(codes, scale, zero_point, axis, group_size)
+    _check(codes, scale, zero_point, axis, group_size, table)
     return torch.empty_like(codes, dtype=scale.dtype)
 
 
@@ -263,20 +270,25 @@ def _(
 
 
 def _save_dequantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes, scale, zero_point, _table, ctx.axis, ctx.group_size, _format = inputs
-    ctx.save_for_backward(codes, scale, zero_point)
+    codes, scale, zero_point, table, ctx.axis, ctx.group_size, ctx.format = inputs
+    ctx.save_for_backward(codes, scale, zero_point, table)
 
 
 def _dequantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scale, zero_point = ctx.saved_tensors
-    to_scale = None
+    codes, scale, zero_point, table = ctx.saved_tensors
+    to_scale = to_table = None
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     if ctx.needs_input_grad[1]:
-        steps = codes.to(torch.int64)
-        if zero_point is not None:
-            steps = steps - spread(zero_point, codes, ctx.axis, ctx.group_size).to(torch.int64)
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        to_scale = _gather(wide * steps, scale, ctx.axis, ctx.group_size).to(scale.dtype)
-    return None, to_scale, None, None, None, None, None
+        zero = None if zero_point is None else spread(zero_point, codes, ctx.axis, ctx.group_size)
+        unit = grid(ctx.format).decode(codes, wide.new_ones(()), zero, table)
+        to_scale = _gather(wide * unit, scale, ctx.axis, ctx.group_size).to(scale.dtype)
+    if table is not None and ctx.needs_input_grad[3]:  # arguments left at their default have no entry
+        weighted = wide * spread(scale, codes, ctx.axis, ctx.group_size).to(wide.dtype)
+        rows = (1 if table.dim() == 1 else len(table), -1)
+        to_table = wide.new_zeros(rows[0], table.shape[-1])
+        to_table.scatter_add_(1, codes.reshape(rows).to(torch.int64), weighted.reshape(rows))
+        to_table = to_table.reshape(table.shape).to(table.dtype)
+    return None, to_scale, None, to_table, None, None, None
 
 
 def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -292,17 +304,17 @@ def _fake_quantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     x, scale, zero_point = ctx.saved_tensors
     target = grid(ctx.format)
     compute = torch.promote_types(x.dtype, torch.float32)
-    steps = x.to(compute) / spread(scale, x, ctx.axis, ctx.group_size).to(compute)
-    zero = torch.zeros_like(steps)
-    if zero_point is not None:
-        zero = spread(zero_point, x, ctx.axis, ctx.group_size).to(compute)
-    low, high = target.code_min - zero, target.code_max - zero
-    inside = (steps >= low) & (steps <= high)
+    wide_scale = spread(scale, x, ctx.axis, ctx.group_size).to(compute)
+    zero = None if zero_point is None else spread(zero_point, x, ctx.axis, ctx.group_size)
+    steps = x.to(compute) / wide_scale
+    shift = 0 if zero is None else zero.to(compute)
+    low, high = target.ends
+    inside = (steps >= low - shift) & (steps <= high - shift)
     to_x = torch.where(inside, gradient, torch.zeros_like(gradient)) if ctx.needs_input_grad[0] else None
     to_scale = None
     if ctx.needs_input_grad[1]:
-        residual = torch.where(inside, steps.round() - steps, steps.clamp(low, high))
-        residual = torch.where(steps.isnan(), torch.zeros_like(residual), residual)
+        unit = target.decode(target.encode(x, wide_scale, zero), steps.new_ones(()), zero)
+        residual = torch.where(inside, unit - steps, unit)
         to_scale = _gather(gradient.to(compute) * residual, scale, ctx.axis, ctx.group_size).to(scale.dtype)
     return to_x, to_scale, None, None, None, None
 

@@ -29,16 +29,13 @@ def trainable(program: Program) -> Program:
     """Return a program with the same outputs whose weights and scales are Parameters that gradients reach.
 
     Every floating Parameter, master and scale is a copy that requires gradients, so training leaves `program` as it is.
-    Where codes come from neither a weight, a table nor a `quantize` with the same parameters, the integers stay, and a
-    note of the result says so.
+    Where codes come from neither a weight, a table nor a `quantize` with the same parameters, and where they are places
+    in a codebook, they stay, and a note of the result says so.
     """
     restorer = _Restorer(program.clone())
     for node in [node for node in restorer.program.graph.nodes if operator(node) == "graphopt.dequantize"]:
         if not (restorer.activation(node) or restorer.weight(node)):
-            codes = arguments(node)["codes"]
-            restorer.program.notes.append(
-                f"{node.name} stays integer in training: {codes.name} is neither a weight nor a quantize like it"
-            )
+            restorer.program.notes.append(f"{node.name} stays as it is in training: {_why_not(node)}")
     restorer.rewriter.finish()
     learned = {str(node.target) for node in restorer.learned if not node._erased}
     return restorer.program.map_weights(lambda name, weight: _parameter(weight, name in learned))
@@ -82,6 +79,8 @@ class _Restorer:
     def weight(self, node: fx.Node) -> bool:
         """Replace `node` where its codes are a weight, or rows of one."""
         named = arguments(node)
+        if named["table"] is not None:
+            return False
         look_up = operator(named["codes"]) == "embedding"
         parts = _tables(node) if look_up else [named["codes"], named["scale"], named["zero_point"]]
         if not all(part is None or part.op == "get_attr" for part in parts):
@@ -129,6 +128,13 @@ class _Restorer:
         if node.meta["val"].dtype == dtype:
             return node
         return self.rewriter.insert(torch.ops.aten._to_copy.default, node, before=before, dtype=dtype)
+
+
+def _why_not(node: fx.Node) -> str:
+    named = arguments(node)
+    if named["table"] is not None:
+        return f"its codes are places in the codebook {named['table'].name}"
+    return f"{named['codes'].name} is neither a weight nor a quantize like it"
 
 
 def _tables(node: fx.Node) -> list[Any]:

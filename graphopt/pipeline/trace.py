@@ -61,7 +61,7 @@ class PassRecord:
     nodes: int = 0
     parameter_bytes: int = 0
     parameters: int = 0
-    weight_bits: int = 0
+    weight_bits: float = 0
     macs: int = 0
     seconds: float = 0.0
     validation_seconds: float = 0.0

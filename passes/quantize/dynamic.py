@@ -19,7 +19,7 @@ from torch import fx
 
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
-from graphopt.quantization.grids import grid
+from graphopt.quantization.grids import integer_grid
 from graphopt.quantization.marks import DYNAMIC, marked_otherwise
 from graphopt.quantization.placement import nothing_to_quantize, place
 from graphopt.quantization.weights import dequantized, pair_scale, quantize_weight
@@ -38,9 +38,7 @@ class QuantizeDynamic(LossyPass):
     def apply(self, program: Program, context: Context, kept: Mapping[str, str]) -> Changes:
         """Quantize all but the nodes in `kept`, which are left alone for the reasons given."""
         rewriter = Rewriter(program, self.name)
-        placement = place(
-            program, context.target, lambda node: self.refusal(program, node) or kept.get(node.name, "")
-        )
+        placement = place(program, context.target, lambda node: self.refusal(program, node) or kept.get(node.name, ""))
         anchors = set(placement.anchors)
         for node, reason in placement.declined:
             if (
@@ -67,7 +65,10 @@ class QuantizeDynamic(LossyPass):
         rewriter: Rewriter,
         context: Context,
     ) -> None:
-        activation_grid, weight_grid = grid(context.target.activation_format), grid(context.target.weight_format)
+        activation_grid, weight_grid = (
+            integer_grid(context.target.activation_format),
+            integer_grid(context.target.weight_format),
+        )
         named = arguments(node)
         value = named["input"]
         if value not in codes:

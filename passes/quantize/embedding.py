@@ -17,7 +17,7 @@ from torch import fx
 
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
 from graphopt.pipeline import Context, LossyPass
-from graphopt.quantization.grids import grid
+from graphopt.quantization.grids import integer_grid
 from graphopt.quantization.weights import pair_scale, quantize_weight
 
 
@@ -40,7 +40,7 @@ class QuantizeEmbedding(LossyPass):
         return rewriter.finish()
 
     def _quantize(self, node: fx.Node, table: fx.Node, rewriter: Rewriter, context: Context) -> None:
-        rows = grid(context.target.weight_format)
+        rows = integer_grid(context.target.weight_format)
         named = arguments(node)
         dtype = node.meta["val"].dtype
         # A head tied to the table reads the same codes, so they are made to suit both.

@@ -22,7 +22,7 @@ from torch import fx
 from graphopt.calibration import Histogram
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
 from graphopt.pipeline import Context, LossyPass
-from graphopt.quantization.grids import IntegerGrid, grid
+from graphopt.quantization.grids import IntegerGrid, integer_grid
 from graphopt.quantization.marks import STATIC, marked_otherwise
 from graphopt.quantization.placement import Placement, Value, nothing_to_quantize, place
 from graphopt.quantization.ranges import Observer, affine, choose_range
@@ -87,7 +87,7 @@ class QuantizeStatic(LossyPass):
         self, placement: Placement, histograms: dict[str, Histogram], rewriter: Rewriter, context: Context
     ) -> dict[fx.Node, float]:
         """Insert quantize and dequantize at every value; return the scale of each dequantize."""
-        target_grid = grid(context.target.activation_format)
+        target_grid = integer_grid(context.target.activation_format)
         groups: dict[fx.Node, list[Value]] = {}
         for value in placement.values:
             groups.setdefault(value.group, []).append(value)
@@ -117,7 +117,7 @@ class QuantizeStatic(LossyPass):
     def _quantize_anchor(
         self, node: fx.Node, scales: dict[fx.Node, float], rewriter: Rewriter, context: Context
     ) -> None:
-        weight_grid, bias_grid = grid(context.target.weight_format), grid(context.target.bias_format)
+        weight_grid, bias_grid = integer_grid(context.target.weight_format), integer_grid(context.target.bias_format)
         named = arguments(node)
         bias = named.get("bias")
         least_scale = pair_scale(rewriter.value(named["weight"]), node, weight_grid, context.target)

@@ -307,7 +307,7 @@ def test_grids_have_the_bounds_and_storage_of_their_names() -> None:
 
 
 def test_a_new_grid_needs_no_new_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.quantization.grids._GRIDS", {})
+    monkeypatch.setattr("graphopt.quantization.grids.base._GRIDS", {})
     register_grid(IntegerGrid(12, signed=False))
     codes = dialect.quantize(torch.tensor([5000.0, -1.0, 100.5]), torch.tensor(1.0), None, 0, 0, "uint12")
     assert codes.dtype == torch.uint16

@@ -285,6 +285,6 @@ def test_what_cannot_be_restored_stays_and_is_said() -> None:
     assert len(calls(result, "graphopt.dequantize")) == 2
     assert result.notes == [
         *program.notes,
-        f"{other.name} stays integer in training: {codes.name} is neither a weight nor a quantize like it",
-        f"{back.name} stays integer in training: {turned.name} is neither a weight nor a quantize like it",
+        f"{other.name} stays as it is in training: {codes.name} is neither a weight nor a quantize like it",
+        f"{back.name} stays as it is in training: {turned.name} is neither a weight nor a quantize like it",
     ]
