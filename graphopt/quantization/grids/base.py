@@ -39,12 +39,15 @@ class Grid(ABC):
         tabled: whether the values come with the tensor, as a table.
         block: the number of elements that share a scale; 0 where any granularity will do.
         scale_bits: what a scale takes in this format; 0 where that is up to the scale's own dtype.
+        scales_alone: whether each scale can be rounded by itself; else all scales of a tensor go through `storable`
+            together.
     """
 
     affine: ClassVar[bool] = False
     tabled: ClassVar[bool] = False
     block: int = 0
     scale_bits: int = 0
+    scales_alone: bool = True
 
     def __init__(self, name: str, bits: float, storage: torch.dtype, code_min: int, code_max: int) -> None:
         self.name, self.bits, self.storage = name, bits, storage
@@ -74,6 +77,12 @@ class Grid(ABC):
     ) -> Tensor:
         """Return the values of codes in the dtype of `scale`, rounded to it once."""
 
+    def nearest(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
+        """Return the value on the grid nearest to each x: `decode(encode(x))` in x's dtype."""
+        return self.decode(self.encode(x, scale, zero_point, table), scale.to(x.dtype), zero_point, table)
+
     @abstractmethod
     def ladder(self, table: Tensor | None = None) -> Tensor:
         """Return every value at scale 1 and zero point 0, float64, ascending; a table's rows each by itself."""
@@ -91,10 +100,7 @@ class Grid(ABC):
         return self.storable(largest / self.ends[1])
 
     def storable(self, scale: Tensor) -> Tensor:
-        """Return the scales next to `scale` that the format can store, all positive; 1 for what is no scale.
-
-        The last axis of a tensor of scales may be rounded together, where the format has a scale of scales.
-        """
+        """Return the scales next to `scale` that the format can store, all positive; 1 for what is no scale."""
         return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -156,7 +162,7 @@ def nearest_index(x: Tensor, ladder: Tensor) -> Tensor:
     """
     middles = (ladder[..., 1:] + ladder[..., :-1]) / 2
     if ladder.dim() == 1:
-        index = torch.bucketize(x, middles)
+        index = torch.bucketize(x.contiguous(), middles)
         at = middles[index.clamp(max=len(middles) - 1)]
     else:
         flat = x.reshape(len(x), -1).contiguous()

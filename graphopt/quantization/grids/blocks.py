@@ -39,7 +39,7 @@ class BlockFloatGrid(FloatGrid):
 
     def __init__(self, exponent: int, mantissa: int, name: str, block: int, powers: bool = True) -> None:
         super().__init__(exponent, mantissa, name)
-        self.block, self.powers = block, powers
+        self.block, self.powers, self.scales_alone = block, powers, powers
 
     def scale_for(self, largest: Tensor) -> Tensor:
         return _shared_exponent(largest, self.ends[1]) if self.powers else super().scale_for(largest)

@@ -51,6 +51,16 @@ class IntegerGrid(Grid):
         compute = torch.promote_types(scale.dtype, torch.float32)
         return (steps.to(compute) * scale.to(compute)).to(scale.dtype)
 
+    def nearest(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
+        # Without a detour over integers: rounding to weights does little else.
+        refuse_table(self, table)
+        if zero_point is None:
+            return (x / scale).round_().clamp_(self.code_min, self.code_max).mul_(scale)
+        zero = zero_point.to(x.dtype)
+        return (x / scale).round_().add_(zero).clamp_(self.code_min, self.code_max).sub_(zero).mul_(scale)
+
     def ladder(self, table: Tensor | None = None) -> Tensor:
         return torch.arange(self.code_min, self.code_max + 1, dtype=torch.float64)
 

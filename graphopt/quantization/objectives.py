@@ -1,0 +1,171 @@
+"""Objectives: what an error in a weight costs.
+
+    plain      sum_k (w_k - q_k)^2                     for every output channel
+    Gram       (w - q)^T H (w - q),   H = sum_t r_t x_t x_t^T / sum_t r_t over the inputs x_t of the layer
+
+A Gram matrix H makes the cost the squared error of the layer's outputs over the calibration data. The weights r_t of
+the tokens are 1, or what attention or the gradients of the loss say of a token; a group of output channels may have its
+own (`parts`). Where the quantized layer will see other inputs x' than the original one saw, H is over x' and
+
+    sum_t |W x_t - Q x'_t|^2  =  tr (W' - Q) H (W' - Q)^T + const,    W' = W C H^-1,   C = sum_t x_t x'_t^T
+
+so that the rounding of W' also undoes what the layers before have done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import GraphoptError
+
+_ROWS = 1 << 14  # inputs multiplied in float32 at a time, before the sum goes on in float64
+_FLOOR = 1e-7  # of the mean of the diagonal: what keeps a factorization alive at all
+
+
+@dataclass(eq=False)
+class Gram:
+    """Gram matrix of the inputs of a layer, summed over a stream.
+
+    Attributes:
+        parts, inputs: P parts of K inputs each.
+        total: sum of r_t x_t x_t^T, float64 [P, K, K].
+        weight: sum of r_t, [P].
+        count: inputs seen.
+        cross: sum of r_t x_t x'_t^T where `update` was given the original inputs too, else None.
+    """
+
+    parts: int
+    inputs: int
+    total: Tensor = field(init=False)
+    weight: Tensor = field(init=False)
+    count: int = 0
+    cross: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(self.parts, self.inputs, self.inputs, dtype=torch.float64)
+        self.weight = torch.zeros(self.parts, dtype=torch.float64)
+
+    def update(self, x: Tensor, name: str, weights: Tensor | None = None, original: Tensor | None = None) -> None:
+        """Add inputs x [P or 1, T, K].
+
+        Args:
+            x: what the quantized layer reads.
+            name: of the layer, for messages.
+            weights: r_t >= 0, [P or 1, T]; 1 where not given.
+            original: what the original layer read in the place of x.
+
+        Raises GraphoptError where one of them holds NaN or infinity.
+        """
+        if x.shape[1] == 0:
+            return
+        for start in range(0, x.shape[1], _ROWS):
+            here = slice(start, start + _ROWS)
+            # float16 would overflow in its sums; float32 holds the product of a few thousand inputs to 1e-6.
+            wide = x[:, here].to(torch.promote_types(x.dtype, torch.float32))
+            scaled = wide if weights is None else wide * weights[:, here, None].to(wide.dtype)
+            self._add(self.total, scaled.mT @ wide, name)
+            if original is not None:
+                self.cross = torch.zeros_like(self.total) if self.cross is None else self.cross
+                before = original[:, here].to(wide.dtype)
+                self._add(self.cross, before.mT @ scaled, name)
+        self.weight += x.shape[1] if weights is None else weights.double().sum(1)
+        self.count += x.shape[1]
+
+    def _add(self, total: Tensor, product: Tensor, name: str) -> None:
+        if not bool(product.isfinite().all()):
+            raise GraphoptError(
+                f"calibration met NaN or infinity, or numbers too large to square, at the input of {name}; check the "
+                "calibration data, or keep that place float with skip"
+            )
+        total += product
+
+    @property
+    def mean(self) -> Tensor:
+        """H [P, K, K], float64; zeros where nothing was seen."""
+        return self.total / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
+
+    def target(self, weight: Tensor, damping: float) -> Tensor:
+        """Return W' [P, K, R] for W [P, K, R]: the weight that makes the most of the changed inputs."""
+        if self.cross is None:
+            return weight
+        mean = damped(self.mean, damping)
+        cross = self.cross / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
+        # What damping adds pulls towards W, not towards zero.
+        extra = mean - self.mean
+        solved = torch.linalg.solve(mean, (cross + extra).mT @ weight.double())
+        return solved.to(weight.dtype)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """Return H + d mean(diag H) I, with d raised from `damping` tenfold until H is safely positive.
+
+    A Gram matrix of few samples, or of inputs that repeat each other, is singular, and rounding would chase noise along
+    what it has not seen. Inputs that are always zero get the mean instead of nothing. H [P, K, K] float64.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    made = gram.clone()
+    dead = diagonal <= 0
+    made.diagonal(dim1=-2, dim2=-1).add_(torch.where(dead, mean, 0.0) + max(damping, _FLOOR) * mean)
+    step = max(damping, _FLOOR)
+    while bool(torch.linalg.cholesky_ex(made).info.any()):
+        made.diagonal(dim1=-2, dim2=-1).add_(9 * step * mean)
+        step *= 10
+    return made
+
+
+def patches(x: Tensor, weight_shape: tuple[int, ...], named: dict[str, object]) -> Tensor:
+    """Return what a linear or a convolution multiplies with its weight: [P, T, K] for x as the operator reads it.
+
+    Args:
+        x: [..., K] of a linear, [N, C, *sizes] (or without N) of a convolution.
+        weight_shape: [R, K], or [R, C / P, *kernel].
+        named: the convolution's arguments (stride, padding, dilation, groups); empty for a linear.
+
+    K is the product of what follows R, in the weight's own order.
+    """
+    kernel = weight_shape[2:]
+    if not kernel:
+        return x.reshape(1, -1, weight_shape[1])
+    if x.dim() == len(kernel) + 1:
+        x = x.unsqueeze(0)
+    dims = len(kernel)
+    stride, dilation = (_each(named.get(key, 1), dims) for key in ("stride", "dilation"))
+    padded = _padded(x, named.get("padding", 0), kernel, dilation)
+    groups = int(named.get("groups", 1))  # type: ignore[call-overload]
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
+        reach = gap * (size - 1) + 1
+        # Each unfold moves its window to the end: [N, C, *positions, *kernel] after the last.
+        padded = padded.unfold(2 + axis, reach, step)[..., ::gap]
+    batch, channels, *rest = padded.shape
+    positions = rest[:dims]
+    grouped = padded.reshape(batch, groups, channels // groups, *positions, *kernel)
+    order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+    return grouped.permute(order).reshape(groups, -1, weight_shape[1] * _product(kernel))
+
+
+def _padded(x: Tensor, padding: object, kernel: tuple[int, ...], dilation: list[int]) -> Tensor:
+    if padding == "valid":
+        return x
+    if padding == "same":
+        ends = [(gap * (size - 1) // 2, gap * (size - 1) - gap * (size - 1) // 2) for size, gap in zip(kernel, dilation, strict=True)]
+    else:
+        ends = [(width, width) for width in _each(padding, len(kernel))]
+    flat = [width for pair in reversed(ends) for width in pair]
+    return torch.nn.functional.pad(x, flat)
+
+
+def _each(value: object, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]  # type: ignore[call-overload]
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product

@@ -1,0 +1,157 @@
+"""Round one input after the other, and let the inputs that follow make up for the error so far.
+
+With H = M^T D M, M unit lower triangular, the cost of the errors e = w - q of a channel is
+
+    e^T H e  =  sum_i d_i (e_i + sum_{j<i} M_ij e_j)^2          so          q_i = nearest(w_i + sum_{j<i} M_ij e_j)
+
+makes every term as small as the choices before allow. That is GPTQ's solution ("GPTQ: Accurate Post-Training
+Quantization for Generative Pre-trained Transformers"), written with one factorization of H in the place of an inverse
+and two ("The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm" has the equivalence). M comes from
+a Cholesky factor of H with its rows and columns reversed.
+
+Inputs are taken in blocks: what earlier blocks contribute is one matrix product, within a block one row follows the
+other. The order decides: inputs that matter most are rounded first, while there is most left to make up for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graphopt.quantization.coding import Coding
+
+Order = Literal["given", "activation", "group"]
+_BLOCK = 64
+
+
+def input_order(gram: Tensor, groups: Tensor, order: Order) -> Tensor:
+    """Return the inputs [K] in the order of rounding.
+
+    activation: by falling diagonal of H, over all parts; group: groups by their largest entry, and within a group by
+    each input's, so that the inputs of a group stay together.
+    """
+    inputs = gram.shape[-1]
+    if order == "given" or inputs == 0:
+        return torch.arange(inputs)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).sum(0)
+    if order == "activation":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    count = int(groups.max()) + 1
+    largest = torch.zeros(count, dtype=diagonal.dtype).scatter_reduce(0, groups, diagonal, "amax")
+    by_group = torch.argsort(largest, descending=True, stable=True)
+    rank = torch.empty_like(by_group)
+    rank[by_group] = torch.arange(count)
+    within = torch.argsort(diagonal, descending=True, stable=True)
+    return within[torch.argsort(rank[groups[within]], stable=True)]
+
+
+def feedback(gram: Tensor) -> Tensor:
+    """Return M - I [P, K, K] for a positive H [P, K, K]: strictly lower triangular."""
+    reversed_factor = torch.linalg.cholesky(gram.flip(-1, -2))
+    factor = reversed_factor.flip(-1, -2).mT  # H = factor^T factor, lower triangular
+    return (factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).tril_(-1)
+
+
+def round_with_feedback(
+    weight: Tensor,
+    gram: Tensor,
+    coding: Coding,
+    order: Order = "activation",
+    refit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None,
+    kept: Tensor | None = None,
+    free: Tensor | None = None,
+) -> tuple[Tensor, Coding]:
+    """Return Q [P, K, R] on the grid of `coding`, and the coding.
+
+    Args:
+        weight: W [P, K, R].
+        gram: H [P, K, K], positive.
+        coding: scales and zero points; where `refit` is given, its scales are replaced group by group.
+        order: see `input_order`; with `refit` groups stay together, whatever is asked for.
+        refit: gives scale and zero point [P, 1, R] of a group, for its weights as corrected so far [P, g, R], and which
+            inputs these are [g].
+        kept: bool [K], inputs that are not rounded at all: they come last and take what error there is.
+        free: bool [P, K, R], single weights that are not rounded.
+
+    The result holds weights as they are where they are kept or free, corrected for the others' errors.
+    """
+    steps = input_order(gram, coding.groups, "group" if refit is not None and order == "activation" else order)
+    if kept is not None:
+        steps = torch.cat([steps[~kept[steps]], steps[kept[steps]]])
+    factor = feedback(gram[:, steps][:, :, steps]).to(weight.dtype)
+    weight, free = weight[:, steps], None if free is None else free[:, steps]
+    groups, fixed = coding.groups[steps], None if kept is None else kept[steps]
+    rounded, error = torch.empty_like(weight), torch.zeros_like(weight)
+    scale, zero = coding.scale.clone(), None if coding.zero_point is None else coding.zero_point.clone()
+    start = 0
+    while start < len(steps):
+        stop = _group_end(groups, fixed, start) if refit is not None else min(start + _BLOCK, len(steps))
+        base = weight[:, start:stop] + factor[:, start:stop, :start] @ error[:, :start]
+        if refit is not None and (fixed is None or not bool(fixed[start])):
+            number = int(groups[start])
+            new_scale, new_zero = refit(base, steps[start:stop])
+            scale[:, number : number + 1] = new_scale
+            if zero is not None and new_zero is not None:
+                zero[:, number : number + 1] = new_zero
+        now = Coding(coding.grid, groups, scale, zero, coding.table)
+        for first in range(start, stop, _BLOCK):
+            last = min(first + _BLOCK, stop)
+            block = base[:, first - start : last - start]
+            if first > start:
+                block = block + factor[:, first:last, start:first] @ error[:, start:first]
+            here = slice(first, last)
+            rounded[:, here] = _rounded_block(
+                block,
+                weight[:, here],
+                now,
+                factor[:, here, here],
+                here,
+                None if fixed is None else fixed[here],
+                None if free is None else free[:, here],
+            )
+            error[:, here] = weight[:, here] - rounded[:, here]
+        start = stop
+    back = torch.argsort(steps)
+    return rounded[:, back], Coding(coding.grid, coding.groups, scale, zero, coding.table)
+
+
+def _group_end(groups: Tensor, fixed: Tensor | None, start: int) -> int:
+    """Return where the run of inputs that share a group, and are all kept or all not, ends."""
+    stop = start + 1
+    while stop < len(groups) and groups[stop] == groups[start] and (fixed is None or fixed[stop] == fixed[start]):
+        stop += 1
+    return stop
+
+
+def _rounded_block(
+    block: Tensor,
+    weight: Tensor,
+    coding: Coding,
+    factor: Tensor,
+    here: slice,
+    fixed: Tensor | None,
+    free: Tensor | None,
+) -> Tensor:
+    """Return what the inputs `here` are rounded to; `block` is their `weight` with the errors of all before it."""
+    scale, zero = coding.of(here)
+    error, values = torch.zeros_like(block), torch.empty_like(block)
+    for i in range(block.shape[1]):
+        one = slice(i, i + 1)
+        row = block[:, one]
+        if i:
+            row = row + factor[:, one, :i] @ error[:, :i]
+        if fixed is not None and bool(fixed[i]):
+            value = row
+        elif coding.table is not None:
+            value = coding.nearest(row, slice(here.start + i, here.start + i + 1))
+        else:
+            at = one if scale.shape[1] > 1 else slice(0, 1)
+            value = coding.grid.nearest(row, scale[:, at], None if zero is None else zero[:, at])
+        if free is not None:
+            value = torch.where(free[:, one], row, value)
+        values[:, one] = value
+        error[:, one] = weight[:, one] - value
+    return values

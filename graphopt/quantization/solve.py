@@ -1,0 +1,279 @@
+"""Quantize one weight matrix by a choice from each column: grid, range, objective, rounding, side information.
+
+    W  ~  Q + K + S + A B          Q on the grid; K some inputs, S some single weights, A B of low rank, all in float16
+
+    columns    the inputs with the largest  H_kk |W_k - nearest(W_k)|^2  keep their weights ("OWQ: Outlier-Aware Weight
+               Quantization for Efficient Fine-Tuning and Inference of Large Language Models")
+    outliers   the single weights with the largest  H_kk (w - nearest(w))^2  keep theirs
+    rank       A B = argmin tr (W - Q - A B)^T H (W - Q - A B): the leading singular vectors of S (W - Q), H = S^T S, in
+               turns with Q ("LQER: Low-Rank Quantization Error Reconstruction for LLMs", whose S is diagonal)
+
+The rest of the weight is rounded knowing what is kept. Sweeps of coordinate descent follow, each over codes and then
+over scales or tables, until they gain nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from graphopt.quantization.codebooks import learned_table
+from graphopt.quantization.coding import Coding, Form, fit
+from graphopt.quantization.objectives import Gram, damped
+from graphopt.quantization.rounding import descend, objective, refit_scales, refit_table, round_with_feedback
+from graphopt.quantization.rounding.gptq import Order
+
+Rounding = Literal["nearest", "gptq"]
+_TURNS = 2  # of quantizing and low rank: the second gains a little, a third next to nothing
+_GAIN = 1e-4  # relative: a sweep that gains less is the last
+_INDEX_BITS = 16  # of an outlier's place in its row, and of an input that is kept
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is to be done with a matrix.
+
+    Attributes:
+        form: grid, groups and range.
+        rounding: nearest, or gptq (round_with_feedback).
+        order: of the inputs, for gptq.
+        local_ranges: fit the range of a group when gptq reaches it, to its weights as corrected by then.
+        sweeps: rounds of coordinate descent at most.
+        columns: inputs kept, as a share of all.
+        outliers: single weights kept, as a share of all.
+        rank: of the correction.
+        damping: added to the diagonal of H, relative to its mean.
+        spread: the exponent p of the weights with which a codebook is learned.
+    """
+
+    form: Form
+    rounding: Rounding = "nearest"
+    order: Order = "activation"
+    local_ranges: bool = True
+    sweeps: int = 0
+    columns: float = 0.0
+    outliers: float = 0.0
+    rank: int = 0
+    damping: float = 0.01
+    spread: float = 4.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix.
+
+    Attributes:
+        codes: [P, R, K] in the grid's storage.
+        coding: scales, zero points, tables.
+        columns: inputs that are kept, int64 [k], and
+        column_values: what they add to the codes' values, [P, k, R].
+        outliers: what single weights add, [P, K, R], zero elsewhere; None without.
+        left, right: A [P, K, r] and B [P, r, R] of the correction; None without.
+    """
+
+    codes: Tensor
+    coding: Coding
+    columns: Tensor
+    column_values: Tensor
+    outliers: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def coded(self) -> Tensor:
+        """Return the values of the codes alone, [P, K, R]."""
+        scale, zero = self.coding.of()
+        inputs_first = self.codes.mT
+        if self.coding.table is None:
+            whole = None if zero is None else zero.to(torch.int32)
+            return self.coding.grid.decode(inputs_first, scale, whole)
+        table = self.coding.table
+        return table.gather(-1, self.codes.to(torch.int64)).mT * scale
+
+    def value(self) -> Tensor:
+        """Return everything together, [P, K, R]."""
+        whole = self.coded()
+        whole[:, self.columns] += self.column_values
+        if self.outliers is not None:
+            whole = whole + self.outliers
+        if self.left is not None and self.right is not None:
+            whole = whole + self.left @ self.right
+        return whole
+
+    def bits(self) -> float:
+        """Return the bits of everything: codes, scales, zero points, tables, and 16 for each number in float16."""
+        grid, scale = self.coding.grid, self.coding.scale
+        total = grid.packed_bits(self.codes.numel())
+        half = bool(torch.equal(scale.half().to(scale.dtype), scale))
+        distinct = 1 if scale.shape[1] == 1 and scale.numel() > 1 and bool((scale == scale.flatten()[0]).all()) else 0
+        count = distinct or scale.numel()
+        total += count * (grid.scale_bits or (16 if half else 32))
+        if self.coding.zero_point is not None:
+            total += count * grid.bits
+        if self.coding.table is not None:
+            total += 16 * self.coding.table.numel()
+        total += self.column_values.numel() * 16 + len(self.columns) * _INDEX_BITS
+        if self.outliers is not None:
+            rows = self.outliers.shape[0] * self.outliers.shape[2]
+            total += int((self.outliers != 0).sum()) * (16 + _INDEX_BITS) + rows * 32
+        if self.left is not None and self.right is not None:
+            total += 16 * (self.left.numel() + self.right.numel())
+        return float(total)
+
+
+def quantize_matrix(weight: Tensor, choices: Choices, gram: Gram | None = None) -> Quantized:
+    """Return W [P, K, R] quantized; without a Gram matrix every input counts alike.
+
+    Computed in float32, in float64 where W is; factorizations always in float64.
+    """
+    parts, inputs, channels = weight.shape
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.dtype != torch.float64 else weight
+    if gram is not None and gram.count > 0:
+        hessian = damped(gram.mean, choices.damping)
+        weight = gram.target(weight, choices.damping)
+    else:
+        hessian = torch.eye(inputs, dtype=torch.float64).expand(parts, inputs, inputs)
+    left = right = None
+    if choices.rank:
+        left, right = weight.new_zeros(parts, inputs, 1), weight.new_zeros(parts, 1, channels)
+    for turn in range(_TURNS if choices.rank else 1):
+        rest = weight if left is None or right is None else weight - left @ right
+        rounded, coding, kept, free = _quantized(rest, hessian, choices, gram is not None)
+        if choices.rank and turn < _TURNS:
+            left, right = _low_rank(weight - rounded, hessian, choices.rank)
+    codes = coding.codes(rounded)
+    made = Quantized(codes, coding, torch.nonzero(kept).flatten(), weight.new_zeros(parts, int(kept.sum()), channels))
+    rest = rounded - made.coded()
+    column_values = _half(rest[:, kept])
+    outliers = _half(torch.where(free, rest, 0.0)) if free is not None else None
+    return Quantized(codes, coding, made.columns, column_values, outliers, left, right)
+
+
+def relative_error(weight: Tensor, quantized: Quantized, gram: Gram | None = None) -> float:
+    """Return the cost of the error over that of losing the weight altogether; 0 where that is 0."""
+    hessian = None if gram is None or gram.count == 0 else gram.mean
+    value = quantized.value().to(weight.dtype)
+    if hessian is None:
+        cost, whole = (weight - value).double().square().sum(), weight.double().square().sum()
+    else:
+        cost, whole = (objective(weight, each, hessian).sum() for each in (value, torch.zeros_like(weight)))
+    return float(cost / whole) if whole > 0 else 0.0
+
+
+def _quantized(
+    weight: Tensor, hessian: Tensor, choices: Choices, informed: bool
+) -> tuple[Tensor, Coding, Tensor, Tensor | None]:
+    """Return Q, its coding, the inputs that are kept and the weights that are free."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    form = choices.form
+    coding = _fitted(weight, hessian, choices)
+    kept, free = _exceptions(weight, hessian, choices)
+    some = kept if bool(kept.any()) else None
+    loose = None if some is None and free is None else _loose(weight, kept, free)
+    if loose is not None:
+        # What is kept does not widen the ranges of the rest.
+        coding = _fitted(torch.where(loose, 0.0, weight), hessian, choices)
+    if choices.rounding == "gptq" and informed:
+
+        def refit(block: Tensor, which: Tensor) -> tuple[Tensor, Tensor | None]:
+            inner = block if free is None else torch.where(free[:, which], 0.0, block)
+            local = fit(inner, form, diagonal[:, which])  # no more inputs than a group has
+            return local.scale, local.zero_point
+
+        several = 0 < form.group < weight.shape[1]
+        local = choices.local_ranges and several and form.grid.scales_alone and not form.grid.tabled
+        rounded, coding = round_with_feedback(
+            weight, hessian, coding, choices.order, refit if local else None, some, free
+        )
+    else:
+        rounded = coding.nearest(weight)
+        rounded = rounded if loose is None else torch.where(loose, weight, rounded)
+    if choices.sweeps and informed:
+        rounded, coding = _swept(weight, rounded, hessian, coding, choices, some, free)
+    return rounded, coding, kept, free
+
+
+def _loose(weight: Tensor, kept: Tensor, free: Tensor | None) -> Tensor:
+    """Return bool [P, K, R]: the weights that no code has to hold."""
+    columns = kept[:, None].expand(weight.shape)
+    return columns if free is None else free | columns
+
+
+def _swept(
+    weight: Tensor,
+    rounded: Tensor,
+    hessian: Tensor,
+    coding: Coding,
+    choices: Choices,
+    kept: Tensor | None,
+    free: Tensor | None,
+) -> tuple[Tensor, Coding]:
+    """Sweep until nothing is gained."""
+    nothing = torch.zeros(weight.shape[1], dtype=torch.bool)
+    loose = None if kept is None and free is None else _loose(weight, nothing if kept is None else kept, free)
+    cost = float(objective(weight, rounded, hessian).sum())
+    for _ in range(choices.sweeps):
+        if coding.table is not None:
+            new, new_coding = refit_table(weight, rounded, hessian, coding, loose)
+        else:
+            new, new_coding = refit_scales(weight, rounded, hessian, coding, choices.form, loose)
+        new = descend(weight, new, hessian, new_coding, kept, free)
+        now = float(objective(weight, new, hessian).sum())
+        if not now < cost:
+            break  # what is left is the rounding of float32
+        rounded, coding, gained, cost = new, new_coding, cost - now, now
+        if gained < _GAIN * cost:
+            break
+    return rounded, coding
+
+
+def _fitted(weight: Tensor, hessian: Tensor, choices: Choices) -> Coding:
+    """Return scales and zero points, or learned tables at scale 1."""
+    coding = fit(weight, choices.form, hessian.diagonal(dim1=-2, dim2=-1))
+    if not choices.form.grid.tabled:
+        return coding
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).diagonal(dim1=-2, dim2=-1)
+    table = learned_table(weight, inverse.reciprocal() ** choices.spread, choices.form.grid.code_max + 1)
+    return coding.with_scale(torch.ones_like(coding.scale)).with_table(table)
+
+
+def _exceptions(weight: Tensor, hessian: Tensor, choices: Choices) -> tuple[Tensor, Tensor | None]:
+    """Return the inputs that are kept, bool [K], and the weights that are, bool [P, K, R] or None.
+
+    Errors are those under ranges that clip: where the largest weight sets the range it has no error itself.
+    """
+    inputs = weight.shape[1]
+    kept = torch.zeros(inputs, dtype=torch.bool)
+    if not choices.columns and not choices.outliers:
+        return kept, None
+    coding = _fitted(weight, hessian, replace(choices, form=replace(choices.form, range="mse")))
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).to(weight.dtype)
+    cost = (weight - coding.nearest(weight)).square() * diagonal.unsqueeze(-1)
+    if choices.columns:
+        count = min(max(round(choices.columns * inputs), 1), inputs)
+        kept[cost.sum((0, 2)).topk(count).indices] = True
+    free = None
+    if choices.outliers:
+        cost = torch.where(kept[:, None], 0.0, cost)
+        count = min(max(round(choices.outliers * cost.numel()), 1), cost.numel())
+        free = torch.zeros(cost.numel(), dtype=torch.bool)
+        free[cost.flatten().topk(count).indices] = True
+        free = free.reshape(cost.shape)
+    return kept, free
+
+
+def _low_rank(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [P, K, r] and B [P, r, R], float16 values, that take most of an error's cost."""
+    factor = torch.linalg.cholesky(hessian).mT  # H = S^T S
+    u, s, v = torch.linalg.svd(factor @ error.double(), full_matrices=False)
+    rank = min(rank, s.shape[-1])
+    root = s[..., :rank].sqrt()
+    left = torch.linalg.solve_triangular(factor, u[..., :rank] * root[:, None], upper=True)
+    return _half(left).to(error.dtype), _half(root[..., None] * v[:, :rank]).to(error.dtype)
+
+
+def _half(values: Tensor) -> Tensor:
+    """Return values that float16 holds."""
+    return values.to(torch.float16).to(values.dtype)
