@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
     from graphopt.passes.quantize.embedding import QuantizeEmbedding
     from graphopt.passes.quantize.static import QuantizeStatic
+    from graphopt.passes.quantize.weights import QuantizeWeights
     from graphopt.passes.retype.floats import RetypeFloats
     from graphopt.passes.transform.absorb_bias import AbsorbBias
     from graphopt.passes.transform.best_of import BestOf
@@ -45,6 +46,7 @@ _MODULES = {
     "QuantizeDynamic": "quantize.dynamic",
     "QuantizeEmbedding": "quantize.embedding",
     "QuantizeStatic": "quantize.static",
+    "QuantizeWeights": "quantize.weights",
     "RetypeFloats": "retype.floats",
     "Rotate": "transform.rotate",
     "Smooth": "transform.smooth",
@@ -54,7 +56,8 @@ _MODULES = {
 __all__ = [
     "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm",
     "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeDynamic",
-    "QuantizeEmbedding", "QuantizeStatic", "RetypeFloats", "Rotate", "Smooth", "SplitLinears",
+    "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats", "Rotate", "Smooth",
+    "SplitLinears",
 ]  # fmt: skip
 
 

@@ -158,8 +158,8 @@ def undeclared_imports(tree: Path) -> list[str]:
 def _architecture_pattern() -> re.Pattern[str]:
     words = "|".join(form for name in ARCHITECTURES for form in (name.lower(), name.upper()))
     classes = "|".join(form for name in ARCHITECTURES for form in (name, name.capitalize()))
-    # A word ends where the letters end; a class name may go on with a capital, as in ResNetConfig.
-    return re.compile(rf"(?<![A-Za-z])(?:{words})(?![A-Za-z])|(?<![A-Z])(?:{classes})(?![a-z])")
+    # A word ends where the letters end; a class name may go on with a capital, as in ResNetConfig. GPTQ is a method.
+    return re.compile(rf"(?<![A-Za-z])(?:{words})(?![A-Za-z])|(?<![A-Z])(?:{classes})(?![a-z])(?!(?<=GPT)Q\b)")
 
 
 def architecture_names(tree: Path) -> list[str]:

@@ -14,7 +14,10 @@ so that the rounding of W' also undoes what the layers before have done.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,7 +98,7 @@ class Gram:
         cross = self.cross / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
         # What damping adds pulls towards W, not towards zero.
         extra = mean - self.mean
-        solved = torch.linalg.solve(mean, (cross + extra).mT @ weight.double())
+        solved: Tensor = torch.linalg.solve(mean, (cross + extra).mT @ weight.double())
         return solved.to(weight.dtype)
 
 
@@ -118,7 +121,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return made
 
 
-def patches(x: Tensor, weight_shape: tuple[int, ...], named: dict[str, object]) -> Tensor:
+def patches(x: Tensor, weight_shape: tuple[int, ...], named: Mapping[str, Any]) -> Tensor:
     """Return what a linear or a convolution multiplies with its weight: [P, T, K] for x as the operator reads it.
 
     Args:
@@ -136,7 +139,7 @@ def patches(x: Tensor, weight_shape: tuple[int, ...], named: dict[str, object]) 
     dims = len(kernel)
     stride, dilation = (_each(named.get(key, 1), dims) for key in ("stride", "dilation"))
     padded = _padded(x, named.get("padding", 0), kernel, dilation)
-    groups = int(named.get("groups", 1))  # type: ignore[call-overload]
+    groups = int(named.get("groups", 1))
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True)):
         reach = gap * (size - 1) + 1
         # Each unfold moves its window to the end: [N, C, *positions, *kernel] after the last.
@@ -145,27 +148,21 @@ def patches(x: Tensor, weight_shape: tuple[int, ...], named: dict[str, object]) 
     positions = rest[:dims]
     grouped = padded.reshape(batch, groups, channels // groups, *positions, *kernel)
     order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
-    return grouped.permute(order).reshape(groups, -1, weight_shape[1] * _product(kernel))
+    return grouped.permute(order).reshape(groups, -1, weight_shape[1] * math.prod(kernel))
 
 
-def _padded(x: Tensor, padding: object, kernel: tuple[int, ...], dilation: list[int]) -> Tensor:
+def _padded(x: Tensor, padding: Any, kernel: tuple[int, ...], dilation: list[int]) -> Tensor:
     if padding == "valid":
         return x
     if padding == "same":
-        ends = [(gap * (size - 1) // 2, gap * (size - 1) - gap * (size - 1) // 2) for size, gap in zip(kernel, dilation, strict=True)]
+        both = [gap * (size - 1) for size, gap in zip(kernel, dilation, strict=True)]
+        ends = [(width // 2, width - width // 2) for width in both]  # an odd one is wider at the far end
     else:
         ends = [(width, width) for width in _each(padding, len(kernel))]
     flat = [width for pair in reversed(ends) for width in pair]
     return torch.nn.functional.pad(x, flat)
 
 
-def _each(value: object, dims: int) -> list[int]:
+def _each(value: Any, dims: int) -> list[int]:
     values = list(value) if isinstance(value, list | tuple) else [value]
-    return [int(v) for v in (values * dims if len(values) == 1 else values)]  # type: ignore[call-overload]
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return [int(v) for v in (values * dims if len(values) == 1 else values)]

@@ -29,7 +29,7 @@ from graphopt.quantization.rounding.gptq import Order
 Rounding = Literal["nearest", "gptq"]
 _TURNS = 2  # of quantizing and low rank: the second gains a little, a third next to nothing
 _GAIN = 1e-4  # relative: a sweep that gains less is the last
-_INDEX_BITS = 16  # of an outlier's place in its row, and of an input that is kept
+_INDEX_BITS = 32  # of an outlier's place, and of an input that is kept
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,21 @@ class Quantized:
             whole = whole + self.left @ self.right
         return whole
 
+    @property
+    def single_scale(self) -> bool:
+        """Whether one scale, and one zero point, serve everything."""
+        coding = self.coding
+        if coding.grid.block or coding.scale.shape[1] != 1 or not coding.scale.numel():
+            return False
+        found = [coding.scale] + ([] if coding.zero_point is None else [coding.zero_point])
+        return all(bool((each == each.flatten()[0]).all()) for each in found)
+
     def bits(self) -> float:
         """Return the bits of everything: codes, scales, zero points, tables, and 16 for each number in float16."""
         grid, scale = self.coding.grid, self.coding.scale
         total = grid.packed_bits(self.codes.numel())
         half = bool(torch.equal(scale.half().to(scale.dtype), scale))
-        distinct = 1 if scale.shape[1] == 1 and scale.numel() > 1 and bool((scale == scale.flatten()[0]).all()) else 0
-        count = distinct or scale.numel()
+        count = 1 if self.single_scale else scale.numel()
         total += count * (grid.scale_bits or (16 if half else 32))
         if self.coding.zero_point is not None:
             total += count * grid.bits
@@ -116,8 +124,7 @@ class Quantized:
             total += 16 * self.coding.table.numel()
         total += self.column_values.numel() * 16 + len(self.columns) * _INDEX_BITS
         if self.outliers is not None:
-            rows = self.outliers.shape[0] * self.outliers.shape[2]
-            total += int((self.outliers != 0).sum()) * (16 + _INDEX_BITS) + rows * 32
+            total += int((self.outliers != 0).sum()) * (16 + _INDEX_BITS)
         if self.left is not None and self.right is not None:
             total += 16 * (self.left.numel() + self.right.numel())
         return float(total)

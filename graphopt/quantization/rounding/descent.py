@@ -26,7 +26,12 @@ def objective(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
 
 
 def descend(
-    weight: Tensor, rounded: Tensor, gram: Tensor, coding: Coding, kept: Tensor | None = None, free: Tensor | None = None
+    weight: Tensor,
+    rounded: Tensor,
+    gram: Tensor,
+    coding: Coding,
+    kept: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Return Q [P, K, R] after one sweep over all inputs: each code is the best one while the others stay.
 

@@ -52,7 +52,8 @@ def feedback(gram: Tensor) -> Tensor:
     """Return M - I [P, K, K] for a positive H [P, K, K]: strictly lower triangular."""
     reversed_factor = torch.linalg.cholesky(gram.flip(-1, -2))
     factor = reversed_factor.flip(-1, -2).mT  # H = factor^T factor, lower triangular
-    return (factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).tril_(-1)
+    unit: Tensor = factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return unit.tril_(-1)
 
 
 def round_with_feedback(
