@@ -24,9 +24,10 @@ from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, fit
 from graphopt.quantization.objectives import Gram, damped
 from graphopt.quantization.rounding import descend, objective, refit_scales, refit_table, round_with_feedback
+from graphopt.quantization.rounding.adaround import learned_rounding
 from graphopt.quantization.rounding.gptq import Order
 
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "adaround"]
 _TURNS = 2  # of quantizing and low rank: the second gains a little, a third next to nothing
 _GAIN = 1e-4  # relative: a sweep that gains less is the last
 _INDEX_BITS = 32  # of an outlier's place, and of an input that is kept
@@ -38,7 +39,7 @@ class Choices:
 
     Attributes:
         form: grid, groups and range.
-        rounding: nearest, or gptq (round_with_feedback).
+        rounding: nearest, gptq (round_with_feedback), or adaround (learned_rounding).
         order: of the inputs, for gptq.
         local_ranges: fit the range of a group when gptq reaches it, to its weights as corrected by then.
         sweeps: rounds of coordinate descent at most.
@@ -195,7 +196,8 @@ def _quantized(
             weight, hessian, coding, choices.order, refit if local else None, some, free
         )
     else:
-        rounded = coding.nearest(weight)
+        learned = choices.rounding == "adaround" and informed
+        rounded = learned_rounding(weight, hessian, coding) if learned else coding.nearest(weight)
         rounded = rounded if loose is None else torch.where(loose, weight, rounded)
     if choices.sweeps and informed:
         rounded, coding = _swept(weight, rounded, hessian, coding, choices, some, free)

@@ -7,6 +7,8 @@ The inputs stay in floating point. How a weight is rounded is a choice from each
 (`graphopt.quantization.solve`): grid, range, objective, rounding, side information.
 
     objective   plain: each weight by itself. gram: what the layer's inputs over the calibration data make of an error.
+                attention: the same, tokens weighted by the attention they draw. gradient: by the gradients of the
+                loss, for `parts` groups of output channels each (`graphopt.calibration.tokens`)
     sequential  a layer's inputs are those that the quantized layers before it give, stage by stage
     drift       and its target is what the original layer gives for the original inputs
 
@@ -27,6 +29,7 @@ from torch import Tensor, fx
 
 from graphopt.calibration import observe
 from graphopt.calibration.stream import Stream
+from graphopt.calibration.tokens import attention_weights, gradient_weights
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
 from graphopt.ir.arguments import positional
@@ -52,8 +55,9 @@ class QuantizeWeights(LossyPass):
         conv_group_size: the same for convolutions.
         symmetric: whether zero is the middle code; else there are zero points, where the grid takes them.
         range: minmax, percentile, mse or entropy; percentile: the share of weights inside.
-        objective: plain or gram, see above.
-        rounding: nearest, or gptq, which needs objective=gram.
+        objective: plain, gram, attention or gradient, see above.
+        rounding: nearest; gptq or adaround, which weigh inputs against each other and so need another objective than
+            plain.
         order: of the inputs in gptq: activation, group or given.
         sweeps: rounds of coordinate descent over codes, scales and tables, after that.
         columns: share of inputs that keep their weights.
@@ -61,6 +65,8 @@ class QuantizeWeights(LossyPass):
         rank: of a low-rank correction.
         damping: added to the diagonal of a Gram matrix, relative to its mean.
         sequential, drift: see above.
+        parts: groups of output channels with a Gram matrix each, for objective=gradient; all together where the
+            channels cannot be divided so.
         embeddings: the grid of embedding tables, a scale a row and group; empty: they stay.
         spill: keep activations in files between stages.
     """
@@ -74,7 +80,7 @@ class QuantizeWeights(LossyPass):
     symmetric: bool = False
     range: WeightRange = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.9
-    objective: Literal["plain", "gram"] = "gram"
+    objective: Literal["plain", "gram", "attention", "gradient"] = "gram"
     rounding: Rounding = "gptq"
     order: Order = "activation"
     sweeps: Annotated[int, Field(ge=0)] = 3
@@ -84,6 +90,7 @@ class QuantizeWeights(LossyPass):
     damping: Annotated[float, Field(ge=0)] = 0.01
     sequential: bool = True
     drift: bool = True
+    parts: Annotated[int, Field(ge=1)] = 4
     embeddings: str = ""
     spill: bool = False
 
@@ -174,9 +181,11 @@ class QuantizeWeights(LossyPass):
         weight_of = {site: weight for weight, sites in weights.items() for site in sites}
         grams: dict[fx.Node, Gram] = {}
 
+        parts = {weight: self._parts_of(sites) for weight, sites in weights.items()}
+
         def solve(weight: fx.Node, gram: Gram | None) -> Tensor:
             site = weights[weight][0]
-            matrix = to_matrix(program.weight(weight).detach(), site)
+            matrix = to_matrix(program.weight(weight).detach(), site, parts[weight])
             quantized = quantize_matrix(matrix, self.choices(operator(site) != "linear"), gram)
             made[weight] = quantized, relative_error(matrix, quantized, gram)
             return from_matrix(quantized.value(), program.weight(weight))
@@ -186,21 +195,23 @@ class QuantizeWeights(LossyPass):
                 solve(weight, None)
             return made
         batches = context.needed_calibration(self.name)
+        counts = self._token_weights(program, {site: parts[weight] for site, weight in weight_of.items()}, context)
         # A weight that is read in several places is rounded before the first of them runs: inputs from the original.
         shared = [weight for weight, sites in weights.items() if len(sites) > 1]
         if shared:
             observers: dict[fx.Node, _Inputs] = {}
             for weight in shared:
-                grams[weight] = _gram(program, weights[weight][0])
+                grams[weight] = _gram(program, weights[weight][0], parts[weight])
                 for site in weights[weight]:
-                    observers.setdefault(arguments(site)["input"], _Inputs([])).all.append((site, grams[weight]))
+                    shown = observers.setdefault(arguments(site)["input"], _Inputs([]))
+                    shown.all.append((site, grams[weight], counts.get(site, [])))
             observe(program, observers, batches, context.progress)
 
         def show(site: fx.Node, x: Tensor, original: Tensor | None, batch: int) -> None:
             weight = weight_of[site]
             if weight not in shared:
-                gram = grams.setdefault(weight, _gram(program, site))
-                update(gram, site, x, original if self.drift else None)
+                gram = grams.get(weight) or grams.setdefault(weight, _gram(program, site, parts[weight]))
+                update(gram, site, x, original if self.drift else None, _nth(counts.get(site, []), batch))
 
         def settle(sites: list[fx.Node]) -> dict[fx.Node, Tensor]:
             values: dict[fx.Node, Tensor] = {}
@@ -216,6 +227,23 @@ class QuantizeWeights(LossyPass):
         exact = self.sequential and self.drift
         Stream(program, list(weight_of), batches, context.progress, exact, self.spill).run(show, settle)
         return made
+
+    def _parts_of(self, sites: list[fx.Node]) -> int:
+        """Return in how many parts the output channels of a weight are solved."""
+        channels = int(arguments(sites[0])["weight"].meta["val"].shape[0])
+        whole = int(arguments(sites[0]).get("groups", 1)) == 1 and channels % self.parts == 0
+        return self.parts if self.objective == "gradient" and whole else 1
+
+    def _token_weights(
+        self, program: Program, sites: Mapping[fx.Node, int], context: Context
+    ) -> dict[fx.Node, list[Tensor | None]]:
+        """Return what each token counts, a tensor a batch for each site; sites without weights are left out."""
+        batches = context.needed_calibration(self.name)
+        if self.objective == "attention":
+            return attention_weights(program, sites, batches, context.progress)
+        if self.objective == "gradient":
+            return gradient_weights(program, sites, batches, context.progress, context.loss, context.seed)
+        return {}
 
     # Writing ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +302,7 @@ class QuantizeWeights(LossyPass):
                 weight, "columns", lambda: rewriter.weight(made.columns, f"{name}_columns", torch.int32)
             )
             kept = call(aten.index_select.default, source, source.meta["val"].dim() - 1, which)
-            added.append(call(aten.linear.default, kept, half(made.column_values[0].mT, "column_values")))
+            added.append(call(aten.linear.default, kept, half(made.column_values.mT.flatten(0, 1), "column_values")))
         if made.left is not None and made.right is not None:
             down, up = half(_kernel(made.left[0].mT, weight), "down"), half(made.right[0].mT, "up")
             if operator(site) == "linear":
@@ -367,23 +395,27 @@ def _look_up(node: fx.Node, parts: list[fx.Node | None], group: int, name: str, 
     rewriter.touch(node, f"table on {name} by row" + (f" in groups of {group}" if group else ""))
 
 
-def _gram(program: Program, site: fx.Node) -> Gram:
-    matrix = to_matrix(program.weight(arguments(site)["weight"]).detach(), site)
+def _gram(program: Program, site: fx.Node, parts: int) -> Gram:
+    matrix = to_matrix(program.weight(arguments(site)["weight"]).detach(), site, parts)
     return Gram(matrix.shape[0], matrix.shape[1])
 
 
-def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None) -> None:
-    """Add what a site reads to its Gram matrix."""
+def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None, counts: Tensor | None = None) -> None:
+    """Add what a site reads to its Gram matrix; `counts` [P, T] or [T] is what each token counts."""
     named = arguments(site)
     shape = tuple(named["weight"].meta["val"].shape)
     kwargs = {} if operator(site) == "linear" else named
     before = None if original is None else patches(original, shape, kwargs)
-    gram.update(patches(x, shape, kwargs), site.name, original=before)
+    rows = patches(x, shape, kwargs)
+    weights = None if counts is None else counts.reshape(-1, counts.shape[-1])
+    if weights is not None and weights.shape[-1] != rows.shape[1]:
+        weights = None  # tokens of another kind than those the attention is over
+    gram.update(rows, site.name, weights, before)
 
 
-def to_matrix(weight: Tensor, site: fx.Node) -> Tensor:
-    """Return a weight [R, ...] as [P, K, R / P]: P the groups of a convolution."""
-    groups = int(arguments(site).get("groups", 1))
+def to_matrix(weight: Tensor, site: fx.Node, parts: int = 1) -> Tensor:
+    """Return a weight [R, ...] as [P, K, R / P]: P the groups of a convolution, or `parts` where it has none."""
+    groups = max(int(arguments(site).get("groups", 1)), parts)
     return weight.flatten(1).reshape(groups, weight.shape[0] // groups, -1).mT.contiguous()
 
 
@@ -416,11 +448,17 @@ def stored(made: Quantized, shape: list[int]) -> tuple[Tensor, Tensor, Tensor | 
 class _Inputs:
     """Shows a value to the Gram matrices of all who read it."""
 
-    all: list[tuple[fx.Node, Gram]]
+    all: list[tuple[fx.Node, Gram, list[Tensor | None]]]
+    batch: int = 0
 
     def update(self, values: Tensor, name: str) -> None:
-        for site, gram in self.all:
-            update(gram, site, values, None)
+        for site, gram, counts in self.all:
+            update(gram, site, values, None, _nth(counts, self.batch))
+        self.batch += 1
+
+
+def _nth(counts: list[Tensor | None], batch: int) -> Tensor | None:
+    return counts[batch] if batch < len(counts) else None
 
 
 def _unfit(program: Program, node: fx.Node) -> str:

@@ -1,0 +1,255 @@
+"""What each token of the calibration data counts: by the attention it draws, or by the gradients of the loss.
+
+    attention   r_t = 0.01 + 0.99 (s_t - min s) / (max s - min s),  s_t the attention that token t receives, summed over
+                heads and queries; a layer's Gram matrix is sum r_t^2 x_t x_t^T   ("RSQ: Learning from Important Tokens
+                Leads to Better Quantized LLMs")
+    gradient    r_tp = mean over the output channels of part p of (d loss / d z_t)^2   ("GuidedQuant: Large Language
+                Model Quantization via Exploiting End Loss Guidance")
+
+Attention is what the graph says it is: scaled_dot_product_attention, or a softmax whose result a product reads as its
+first factor. A layer takes the attention that it feeds, else the last one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from graphopt.calibration.batches import EMPTY, Batches
+from graphopt.errors import GraphoptError, described
+from graphopt.ir.arguments import arguments, operator
+from graphopt.ir.program import Program
+from graphopt.progress import Progress
+
+_LEAST = 0.01
+_PRODUCTS = frozenset(("matmul", "bmm", "mm"))
+_PASSED = frozenset(("_to_copy", "clone", "dropout", "expand", "reshape", "view", "contiguous"))
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class _Watch(fx.Interpreter):
+    """Runs a program and shows chosen calls with their arguments and results."""
+
+    def __init__(self, program: Program, watched: Collection[fx.Node], show: Callable[..., Any]) -> None:
+        super().__init__(program.graph_module)
+        self._watched, self._show = set(watched), show
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self._watched:
+            return self._show(n, self.env, result)
+        return result
+
+
+# Attention ----------------------------------------------------------------------------------------------------
+
+
+def attention_weights(
+    program: Program, sites: Collection[fx.Node], batches: Batches, progress: Progress
+) -> dict[fx.Node, list[Tensor | None]]:
+    """Return r^2 [tokens] of every batch for each site that has an attention; None where the batch's tokens differ.
+
+    Tokens are the rows of what the site reads, batch first. One reading of the data.
+    """
+    nearest = nearest_attention(program, sites)
+    found: dict[fx.Node, list[Tensor]] = {}
+
+    def show(node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
+        received = _received(node, values, result)
+        low, high = received.aminmax(dim=-1, keepdim=True)
+        width = torch.where(high > low, high - low, torch.ones_like(high))
+        ratio = torch.where(high > low, (received - low) / width, torch.ones_like(received))
+        found.setdefault(node, []).append((_LEAST + (1 - _LEAST) * ratio).square())
+        return result
+
+    watch = _Watch(program, set(nearest.values()), show)
+    with torch.no_grad():
+        _read("attention", watch.run, batches, progress)
+    return {site: [each.reshape(-1) for each in found.get(node, [])] for site, node in nearest.items()}
+
+
+def nearest_attention(program: Program, sites: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return the attention that each site feeds without another site between, else the last one that feeds it."""
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    attentions = {node for node in program.graph.nodes if _is_attention(node)}
+    before: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        feeding = [each if each in attentions else before.get(each) for each in node.all_input_nodes]
+        last = max((each for each in feeding if each is not None), key=order.__getitem__, default=None)
+        if last is not None:
+            before[node] = last
+    nearest = {}
+    for site in sites:
+        seen, queue, ahead = {site}, [site], []
+        while queue:
+            for user in queue.pop().users:
+                if user in attentions:
+                    ahead.append(user)
+                elif user not in seen and user not in sites:
+                    seen.add(user)
+                    queue.append(user)
+        # Another attention further on, reached past a residual sum, is not this layer's.
+        found = min(ahead, key=order.__getitem__, default=None)
+        if found is not None and (site not in before or before.get(found) is before[site]):
+            nearest[site] = found
+        elif site in before:
+            nearest[site] = before[site]
+    return nearest
+
+
+def _is_attention(node: fx.Node) -> bool:
+    if operator(node) == "scaled_dot_product_attention":
+        return True
+    return operator(node) in ("softmax", "_softmax") and any(_first_factor(node, user) for user in node.users)
+
+
+def _first_factor(value: fx.Node, user: fx.Node) -> bool:
+    if operator(user) in _PRODUCTS:
+        return user.args[0] is value and user.args[1] is not value
+    return operator(user) in _PASSED and any(_first_factor(user, other) for other in user.users)
+
+
+def _received(node: fx.Node, values: Mapping[fx.Node, Any], result: Tensor) -> Tensor:
+    """Return the attention each key receives, [batch, keys]."""
+    probabilities = result if operator(node) != "scaled_dot_product_attention" else _probabilities(node, values)
+    if probabilities.dim() < 3:
+        return probabilities.sum(0, keepdim=True)
+    return probabilities.sum(dim=tuple(range(1, probabilities.dim() - 1)))
+
+
+def _probabilities(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
+    named = {name: values.get(each, each) for name, each in arguments(node).items() if isinstance(each, fx.Node)}
+    named = arguments(node) | named
+    query, key = named["query"].float(), named["key"].float()
+    if query.dim() == 4 and query.shape[1] != key.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scale = named.get("scale") or query.shape[-1] ** -0.5
+    scores = query @ key.mT * scale
+    if named.get("is_causal"):
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    mask = named.get("attn_mask")
+    if isinstance(mask, Tensor):
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.nan_to_num(torch.softmax(scores, -1))  # a query that may see nothing gives nothing
+
+
+# Gradients ----------------------------------------------------------------------------------------------------
+
+
+def gradient_weights(
+    program: Program,
+    sites: Mapping[fx.Node, int],
+    batches: Batches,
+    progress: Progress,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> dict[fx.Node, list[Tensor | None]]:
+    """Return the mean squared gradients [parts, tokens] of every batch for each site; `sites` gives the parts.
+
+    A site has a list of None where the loss does not depend on it. Tokens are the rows of what the site writes,
+    [..., R] of a linear, [N, R, *positions] of a convolution. One reading of the data, forward and backward.
+
+    Args:
+        loss: of the module and a batch; None: the program's own where an output is a single number, else minus the
+            logarithm of the probability of labels drawn from its own predictions (the last axis is the classes), whose
+            mean squared gradient is the Fisher information.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[fx.Node, list[Tensor | None]] = {site: [] for site in sites}
+    outputs: dict[fx.Node, Tensor] = {}
+
+    def show(node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
+        if not result.requires_grad:
+            result = result.requires_grad_()
+        result.retain_grad()
+        outputs[node] = result
+        return result
+
+    watch = _Watch(program, sites, show)
+
+    def run(*flat: Any) -> None:
+        outputs.clear()
+        with torch.enable_grad():
+            if loss is not None:
+                args, kwargs = pytree.tree_unflatten(list(flat), program.signature.in_spec)
+                value = loss(_Module(program, watch), kwargs or args)
+            else:
+                value = _own_loss(watch.run(*flat), generator)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise GraphoptError("loss must return a single number as a tensor that gradients flow through")
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
+        for site, parts in sites.items():
+            gradient = outputs[site].grad if site in outputs else None
+            found[site].append(None if gradient is None else _by_part(gradient, site, parts))
+
+    _read("gradients", run, batches, progress)
+    return {site: _scaled(each) for site, each in found.items()}
+
+
+def _by_part(gradient: Tensor, site: fx.Node, parts: int) -> Tensor:
+    rows = gradient if operator(site) == "linear" else gradient.movedim(1, -1)
+    squared = rows.reshape(-1, rows.shape[-1]).double().square()
+    return squared.reshape(len(squared), parts, -1).mean(-1).mT
+
+
+def _scaled(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Bring the mean over all batches to 1: squares of gradients are tiny, and only their ratios count."""
+    known = [each for each in weights if each is not None]
+    total = sum(float(each.sum()) for each in known)
+    if not total > 0:
+        return [None for _ in weights]
+    mean = total / sum(each.numel() for each in known)
+    return [None if each is None else (each / mean).float() for each in weights]
+
+
+def _own_loss(outputs: Sequence[Any], generator: torch.Generator) -> Tensor:
+    floating = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+    for each in floating:
+        if each.dim() == 0:
+            return each
+    if not floating:
+        raise GraphoptError("no output of the model has gradients; pass loss=, a function of the model and a batch")
+    logits = floating[0].reshape(-1, floating[0].shape[-1])
+    if logits.shape[-1] == 1:
+        drawn = logits.detach() + torch.randn(logits.shape, generator=generator)
+        return 0.5 * (logits - drawn).square().sum()
+    labels = torch.multinomial(functional.softmax(logits.detach().float(), -1), 1, generator=generator)[:, 0]
+    return functional.cross_entropy(logits, labels, reduction="sum")
+
+
+class _Module(nn.Module):
+    """A program as its user knows it, run by a watching interpreter."""
+
+    def __init__(self, program: Program, watch: fx.Interpreter) -> None:
+        super().__init__()
+        self._program, self._watch = program, watch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self._program.signature.flatten(args, kwargs)
+        return pytree.tree_unflatten(list(self._watch.run(*flat)), self._program.signature.out_spec)
+
+
+def _read(name: str, run: Callable[..., Any], batches: Batches, progress: Progress) -> None:
+    count = 0
+    with progress.stage(name, len(batches)) as stage:
+        for flat in batches:
+            try:
+                run(*flat)
+            except (GraphoptError, MemoryError):
+                raise
+            except Exception as error:
+                raise GraphoptError(
+                    f"the model does not run on calibration batch {count} ({described(error)}); "
+                    "give batches like the example inputs"
+                ) from error
+            count += 1
+            stage.advance()
+    if count == 0:
+        raise GraphoptError(EMPTY)
