@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from graphopt.calibration.observers import Histogram
-from graphopt.quantization.grids import IntegerGrid
+from graphopt.errors import GraphoptError
+from graphopt.quantization.grids import Grid, IntegerGrid
 
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 _Cost = Callable[[float, float], float]  # of a range, its ends given
@@ -54,6 +55,43 @@ def choose_range(
         if best_low == before:
             break  # the next turn would ask the same questions
     return best_low, best_high
+
+
+def scale_and_zero_point(
+    seen: Histogram, grid: Grid, observer: Observer, percentile: float = 99.99, symmetric: bool = False
+) -> tuple[float, int]:
+    """Return (scale, zero point) for the distribution `seen` on any grid; the zero point is 0 where there is none.
+
+    For floating-point grids a searched scale is a searched exponent bias ("LLM-FP4: 4-Bit Floating-Point Quantized
+    Transformers"). Raises GraphoptError for entropy on another than an integer grid.
+    """
+    if isinstance(grid, IntegerGrid) and grid.affine and not symmetric:
+        low, high = choose_range(seen, grid, observer, percentile)
+        return affine(low, high, grid)
+    largest = 0.0 if seen.empty else max(-seen.low, seen.high, 0.0)
+    if largest and observer == "percentile":
+        low, high = _percentile(seen, percentile, min(seen.low, 0.0), max(seen.high, 0.0))
+        largest = max(-low, high)
+    elif largest and observer == "mse":
+        largest *= _best(functools.partial(_rounding_error, seen, grid, largest))
+    elif largest and observer == "entropy":
+        if not isinstance(grid, IntegerGrid):
+            raise GraphoptError(f"the entropy observer is for integer grids, not {grid.name}; take mse")
+        mirrored = Histogram()
+        mirrored.merge(seen)
+        mirrored.counts = mirrored.counts + mirrored.counts[::-1]
+        mirrored.low, mirrored.high = -largest, largest
+        largest = choose_range(mirrored, grid, observer)[1]
+    scale = float(np.float32(largest / grid.ends[1]))
+    return (scale, 0) if scale >= _SMALLEST_SCALE else (1.0, 0)
+
+
+def _rounding_error(seen: Histogram, grid: Grid, largest: float, fraction: float) -> float:
+    """Return the sum of squared errors of the bins' middles, with a scale that clips at a fraction of the largest."""
+    middles = torch.from_numpy(seen.centers())
+    scale = torch.tensor(fraction * largest / grid.ends[1], dtype=torch.float64)
+    error = grid.nearest(middles, scale) - middles
+    return float(seen.counts @ error.square().numpy())
 
 
 def _best(cost: Callable[[float], float]) -> float:
