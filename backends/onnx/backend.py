@@ -37,6 +37,7 @@ from graphopt.target import Target
 # A protobuf message ends at 2 GiB; weights beyond this go to a file of their own.
 _EXTERNAL_BYTES = 3 << 29
 # Without this, every convolution would be told to be float, and the file to be slow, of a machine that it is not for.
+_FAR = 64  # steps, a quarter of the range where an output has no scale: more than roundings add up to
 _FOR_ARM = (
     "the activations are int8, which ONNX Runtime runs on integer kernels on ARM, not here: "
     "what fused is told as it is there, and nothing was timed"
@@ -176,6 +177,11 @@ def _proven(program: Program, file: Path, opset: int) -> ExportReport:
     if others := len(program.outputs) - sum(is_tensor(value) for value in program.outputs):
         report.notes.append(f"{others} of the model's outputs are no tensors; the file leaves them out")
     report.max_steps = _steps(file, _torch_outputs(program), list(run_onnx(file, feeds_of(program)).values()))
+    if report.max_steps > _FAR:
+        report.notes.append(
+            f"in ONNX Runtime the file's outputs are up to {report.max_steps:.0f} steps from the program's: there it "
+            "computes something else; try another target or format"
+        )
     return report
 
 

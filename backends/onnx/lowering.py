@@ -61,8 +61,14 @@ def lower(program: Program) -> ir.Model:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Keep the transpose of a weight that is read both ways: folded, the file would hold the weight twice."""
-    return False if node.op_type == "Transpose" and constant(node.inputs[0]) else None
+    """Keep what would make the file larger when folded.
+
+    The transpose of a weight that is read both ways would be there twice; numbers in float16 would be float32.
+    """
+    if not constant(node.inputs[0] if node.inputs else None):
+        return None
+    half = node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT16
+    return False if half or node.op_type == "Transpose" else None
 
 
 def needed_opset(program: Program) -> int:

@@ -2,7 +2,7 @@
 
 A program holds a code in a byte. The file holds codes of up to four bits as INT4 or UINT4, those of two bits as INT2 or
 UINT2 where the installed onnx knows these types. Codes that an integer kernel reads stay in their byte: it takes eight
-bits only.
+bits only. Where the runtime does not multiply right by weights of a type, they take the next wider one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import onnx_ir as ir
 from torch import fx
 
 from graphopt.backends.onnx.cleanup.editor import constant_dequantize, producer
+from graphopt.backends.onnx.processor import multiplies_packed
 from graphopt.ir import Program, arguments, operator
 from graphopt.quantization.grids import grid, integer_grid
 
 PACKED_OPSET = 21  # int4, uint4, block_size
 _TWO_BIT_OPSET = 25  # int2, uint2
+_WIDER = (
+    {ir.DataType.INT2: ir.DataType.INT4, ir.DataType.UINT2: ir.DataType.UINT4} if hasattr(ir.DataType, "INT2") else {}
+)
 
 
 def needed_opset(node: fx.Node) -> int:
     """Return the smallest opset with the types and blocks of a dequantize; 0 where any will do."""
     named = arguments(node)
     bits = grid(named["format"]).bits
-    if bits == 2 and _is_weight(node) and two_bits_known():
+    if bits <= 2 and _is_weight(node) and two_bits_known():
         return _TWO_BIT_OPSET
     blocks = named["group_size"] > 0
     return PACKED_OPSET if blocks or (bits <= 4 and _is_weight(node)) or bits == 16 else 0
@@ -39,7 +43,7 @@ def packed_type(format: str, opset: int) -> ir.DataType | None:
     form = integer_grid(format)
     if form.bits > 4 or opset < PACKED_OPSET:
         return None
-    if form.bits == 2 and opset >= _TWO_BIT_OPSET and two_bits_known():
+    if form.bits <= 2 and opset >= _TWO_BIT_OPSET and two_bits_known():
         return ir.DataType.INT2 if form.signed else ir.DataType.UINT2
     return ir.DataType.INT4 if form.signed else ir.DataType.UINT4
 
@@ -52,11 +56,12 @@ def pack(program: Program, model: ir.Model) -> None:
         for node in program.graph.nodes
         if operator(node) == "graphopt.dequantize" and (packed := packed_type(arguments(node)["format"], opset))
     }
-    wanted = {
-        node: formats[node.name]
-        for node in model.graph
-        if node.op_type == "DequantizeLinear" and node.name in formats and not _feeds_integer_kernel(node)
-    }
+    wanted = {}
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or node.name not in formats or _feeds_integer_kernel(node):
+            continue
+        if (packed := _multiplied(node, formats[node.name], opset)) is not None:
+            wanted[node] = packed
     # Codes and zero point have one type, and may be shared: all who read them are packed, or none.
     while True:
         kept = {node: packed for node, packed in wanted.items() if all(_only_read_by(v, wanted) for v in _codes(node))}
@@ -67,6 +72,19 @@ def pack(program: Program, model: ir.Model) -> None:
         for value in _codes(node):
             if value.dtype != packed:
                 _narrow(value, packed)
+
+
+def _multiplied(dequantize: ir.Node, packed: ir.DataType, opset: int) -> ir.DataType | None:
+    """Return the narrowest type, from `packed` on, by which the runtime multiplies right; None where none does."""
+    products = [reader for reader, _ in dequantize.outputs[0].uses() if reader.op_type in ("MatMul", "Gemm")]
+    shape = dequantize.inputs[0].shape if dequantize.inputs[0] is not None else None
+    if not products or shape is None or len(shape) != 2:
+        return packed
+    channels, block = shape.numpy()[-1], dequantize.attributes.get_int("block_size", 0)
+    for candidate in (packed, _WIDER.get(packed)):
+        if candidate is not None and multiplies_packed(candidate, channels, block, opset):
+            return candidate
+    return None
 
 
 def _codes(dequantize: ir.Node) -> list[ir.Value]:

@@ -67,7 +67,8 @@ class QuantizeWeights(LossyPass):
         sequential, drift: see above.
         parts: groups of output channels with a Gram matrix each, for objective=gradient; all together where the
             channels cannot be divided so.
-        embeddings: the grid of embedding tables, a scale a row and group; empty: they stay.
+        embeddings: the grid of embedding tables, a scale a row, and of linears that are tied to one; empty: tables
+            stay, and so do these linears.
         spill: keep activations in files between stages.
     """
 
@@ -145,9 +146,9 @@ class QuantizeWeights(LossyPass):
             other = next(user for user in others if user not in tables)
             reason = f"{weight.target} is also read by {other.name}, and would be stored twice"
         elif tables and not self.embeddings:
-            both = f"give embeddings={self.grid!r} to quantize both"
+            both = "give embeddings='int8' to quantize both"
             reason = f"{weight.target} is also the table of {tables[0].name}; {both}"
-        elif tables and (self.columns or self.outliers or self.rank or grid(self.grid).tabled):
+        elif tables and (self.columns or self.outliers or self.rank):
             reason = f"{weight.target} is also the table of {tables[0].name}, which takes codes and scales alone"
         elif kinds != {(True, 1)} and (self.columns or (self.rank and kinds != {(False, 1)})):
             what = "columns are kept for linears" if self.columns else "low rank is for convolutions without groups"
@@ -158,9 +159,9 @@ class QuantizeWeights(LossyPass):
 
     # Solving ------------------------------------------------------------------------------------------------------
 
-    def choices(self, convolution: bool) -> Choices:
-        """Return what is to be done with a weight."""
-        form = grid(self.grid)
+    def choices(self, convolution: bool, table: bool = False) -> Choices:
+        """Return what is to be done with the weight of a convolution or a linear, or of one that is a table as well."""
+        form = grid(self.embeddings if table and self.embeddings else self.grid)
         group = form.block or (self.conv_group_size if convolution else self.group_size)
         return Choices(
             Form(form, group, self.symmetric, self.range, self.percentile),
@@ -186,7 +187,8 @@ class QuantizeWeights(LossyPass):
         def solve(weight: fx.Node, gram: Gram | None) -> Tensor:
             site = weights[weight][0]
             matrix = to_matrix(program.weight(weight).detach(), site, parts[weight])
-            quantized = quantize_matrix(matrix, self.choices(operator(site) != "linear"), gram)
+            table = any(operator(user) == "embedding" for user in weight.users)
+            quantized = quantize_matrix(matrix, self.choices(operator(site) != "linear", table), gram)
             made[weight] = quantized, relative_error(matrix, quantized, gram)
             return from_matrix(quantized.value(), program.weight(weight))
 
@@ -320,7 +322,8 @@ class QuantizeWeights(LossyPass):
     def _tables(self, program: Program, rewriter: Rewriter) -> None:
         """Quantize the tables of embeddings that no linear shares."""
         form = grid(self.embeddings)
-        choices = Choices(Form(form, form.block, self.symmetric, "mse" if self.range == "entropy" else self.range))
+        symmetric = self.symmetric or form.bits >= 8  # eight bits have room for either side
+        choices = Choices(Form(form, form.block, symmetric, "mse" if self.range == "entropy" else self.range))
         for node in [node for node in program.graph.nodes if operator(node) == "embedding"]:
             table = arguments(node)["weight"]
             looked_up = any(operator(user) == "graphopt.dequantize" for user in node.users)

@@ -33,7 +33,7 @@ class BestOf(Composite):
 
     Attributes:
         alternatives: lists of passes, each as `str(pass)` writes it.
-        judge: the pass that quantizes.
+        judge: the pass that quantizes, or several.
         batches: calibration batches to transform and judge by.
         gain: share of the noise that an alternative has to remove to be preferred to an earlier one.
         enough: noise-to-signal ratio of the outputs that leaves nothing to gain. Rounding a normal variable once to 8
@@ -43,15 +43,19 @@ class BestOf(Composite):
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
     alternatives: tuple[tuple[str, ...], ...] = ()
-    judge: str = "quantize_static"
+    judge: str | tuple[str, ...] = "quantize_static"
     batches: PositiveInt = 4
     gain: Annotated[float, Field(ge=0, lt=1)] = 0.2
     enough: Annotated[float, Field(ge=0)] = 2e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for text in (self.judge, *(each for alternative in self.alternatives for each in alternative)):
+        for text in (*self._judges, *(each for alternative in self.alternatives for each in alternative)):
             parse_pass(text)
+
+    @property
+    def _judges(self) -> tuple[str, ...]:
+        return (self.judge,) if isinstance(self.judge, str) else self.judge
 
     def compose(
         self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
@@ -86,7 +90,8 @@ class BestOf(Composite):
     def _noise(self, program: Program, exact: list[list[Any]], context: Context) -> float:
         """Return the noise-to-signal ratio of the outputs of `program`, quantized, for each batch."""
         quantized = program.clone()
-        parse_pass(self.judge).run(quantized, context)
+        for text in self._judges:
+            parse_pass(text).run(quantized, context)
         noise = Noise()
         with torch.no_grad():
             for flat, outputs in zip(context.needed_calibration(self.name), exact, strict=True):

@@ -228,7 +228,7 @@ class Tied(nn.Module):
 def test_a_tied_head_shares_its_codes_with_the_table_or_stays(group: int) -> None:
     batches = [(torch.randint(11, (4, 6)),) for _ in range(3)]
     _, after, trace = optimized(Tied(), batches, QuantizeWeights(group_size=group))
-    assert "also the table of embedding; give embeddings='int4'" in trace["quantize_weights"].skipped[0].reason
+    assert "also the table of embedding; give embeddings='int8'" in trace["quantize_weights"].skipped[0].reason
     program, after, trace = optimized(Tied(), batches, QuantizeWeights(group_size=group, embeddings="int4"))
     assert len(trace["quantize_weights"].touched) == 2
     assert sum(value.dtype == torch.int8 and value.numel() == 11 * 16 for value in after.weights.values()) == 1
