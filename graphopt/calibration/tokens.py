@@ -7,7 +7,7 @@
                 Model Quantization via Exploiting End Loss Guidance")
 
 Attention is what the graph says it is: scaled_dot_product_attention, or a softmax whose result a product reads as its
-first factor. A layer takes the attention that it feeds, else the last one before it.
+first factor. A layer takes the attention that it feeds, else the last one before it, else the first one after it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ def attention_weights(
 
 
 def nearest_attention(program: Program, sites: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Return the attention that each site feeds without another site between, else the last one that feeds it."""
+    """Return the attention that each site feeds without another site between, else the last before, else the next."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     attentions = {node for node in program.graph.nodes if _is_attention(node)}
+    entered = {node: node for node in attentions} | {
+        product: node for node in attentions for product in _products_of(node)
+    }
     before: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         feeding = [each if each in attentions else before.get(each) for each in node.all_input_nodes]
@@ -86,33 +89,47 @@ def nearest_attention(program: Program, sites: Collection[fx.Node]) -> dict[fx.N
             before[node] = last
     nearest = {}
     for site in sites:
-        seen, queue, ahead = {site}, [site], []
-        while queue:
-            for user in queue.pop().users:
-                if user in attentions:
-                    ahead.append(user)
-                elif user not in seen and user not in sites:
-                    seen.add(user)
-                    queue.append(user)
         # Another attention further on, reached past a residual sum, is not this layer's.
-        found = min(ahead, key=order.__getitem__, default=None)
-        if found is not None and (site not in before or before.get(found) is before[site]):
+        found = _fed(site, entered, sites, order)
+        if found is not None and before.get(found) is before.get(site):
             nearest[site] = found
         elif site in before:
             nearest[site] = before[site]
+        elif (after := _fed(site, entered, (), order)) is not None:
+            nearest[site] = after
     return nearest
+
+
+def _fed(
+    site: fx.Node, entered: Mapping[fx.Node, fx.Node], stops: Collection[fx.Node], order: Mapping[fx.Node, int]
+) -> fx.Node | None:
+    """Return the first attention that a site feeds on ways that do not pass `stops`."""
+    seen, queue, found = {site}, [site], []
+    while queue:
+        for user in queue.pop().users:
+            if user in entered:
+                found.append(entered[user])
+            elif user not in seen and user not in stops:
+                seen.add(user)
+                queue.append(user)
+    return min(found, key=order.__getitem__, default=None)
+
+
+def _products_of(value: fx.Node) -> list[fx.Node]:
+    """Return the products that read an attention as their first factor, maybe moved on the way."""
+    found = []
+    for user in value.users:
+        if operator(user) in _PRODUCTS and user.args[0] is value:
+            found.append(user)
+        elif operator(user) in _PASSED:
+            found += _products_of(user)
+    return found
 
 
 def _is_attention(node: fx.Node) -> bool:
     if operator(node) == "scaled_dot_product_attention":
         return True
-    return operator(node) in ("softmax", "_softmax") and any(_first_factor(node, user) for user in node.users)
-
-
-def _first_factor(value: fx.Node, user: fx.Node) -> bool:
-    if operator(user) in _PRODUCTS:
-        return user.args[0] is value and user.args[1] is not value
-    return operator(user) in _PASSED and any(_first_factor(user, other) for other in user.users)
+    return operator(node) in ("softmax", "_softmax") and bool(_products_of(node))
 
 
 def _received(node: fx.Node, values: Mapping[fx.Node, Any], result: Tensor) -> Tensor:
