@@ -1,0 +1,102 @@
+"""Quantize the weights of a decoder with a peer; runs in the peer's environment, knows nothing of graphopt.
+
+    round_weights.py JOB.json
+
+The job names a safetensors file with the decoder's weights under transformers' names and the calibration tokens
+[samples, length], its sizes, a method, the bits and the group size. What it writes: the weights as the peer would
+compute with them, and in the result the bits of each weight beside its codes, seconds and peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def decoder(sizes: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> Any:
+    """Return the model with the given weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).float().eval()
+    model.config.save_pretrained(folder)  # llm-compressor wants to know where a model comes from
+    model.config._name_or_path = model.name_or_path = str(folder)
+    missing = model.load_state_dict(weights, strict=False)
+    if missing.unexpected_keys or missing.missing_keys:
+        raise SystemExit(f"the weights do not fit: {missing}")
+    return model
+
+
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def hqq(model: Any, tokens: Tensor, bits: int, group: int) -> float:
+    """HQQ: scales and zero points are numbers of 16 bits."""
+    from hqq.core.quantize import Quantizer
+
+    for module in linears(model).values():
+        codes, meta = Quantizer.quantize(
+            module.weight.data.float(), nbits=bits, channel_wise=True, group_size=group, optimize=True, axis=1,
+            device="cpu", compute_dtype=torch.float32,
+        )  # fmt: skip
+        module.weight.data = Quantizer.dequantize(codes, meta).reshape(module.weight.shape).float()
+    return 32 / group
+
+
+def llmcompressor(model: Any, tokens: Tensor, bits: int, group: int, kind: str, symmetric: bool) -> float:
+    """llm-compressor's GPTQ or AutoRound on all linears, layer after layer."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group),
+    )
+    if kind == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        modifier: Any = GPTQModifier(config_groups={"all": scheme}, ignore=[])
+    else:
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+        modifier = AutoRoundModifier(config_groups={"all": scheme}, ignore=[], iters=200)
+    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+    oneshot(model=model, dataset=loader, recipe=modifier, num_calibration_samples=len(tokens), processor=object())
+    return (16 if symmetric else 16 + bits) / group
+
+
+METHODS = {
+    "hqq": hqq,
+    "gptq": lambda *args: llmcompressor(*args, kind="gptq", symmetric=True),
+    "gptq_asymmetric": lambda *args: llmcompressor(*args, kind="gptq", symmetric=False),
+    "autoround": lambda *args: llmcompressor(*args, kind="autoround", symmetric=True),
+    "autoround_asymmetric": lambda *args: llmcompressor(*args, kind="autoround", symmetric=False),
+}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    given = load_file(job["weights"])
+    tokens = given.pop("calibration")
+    model = decoder(job["sizes"], given, Path(job["output"]).parent / "config")
+    started = time.perf_counter()
+    beside = METHODS[job["method"]](model, tokens, job["bits"], job["group_size"])
+    seconds = time.perf_counter() - started
+    made = {f"{name}.weight": module.weight.detach().float().contiguous() for name, module in linears(model).items()}
+    save_file(made, job["output"])
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = {"bits_beside": beside, "seconds": seconds, "peak_bytes": peak}
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""What each published method of weight quantization gains over the plain choice, in one quantizer.
+
+    tools/bench/weights.py --list
+    tools/bench/weights.py                                    every method, model and width; an hour
+    tools/bench/weights.py --task language --bits 4 2         some of them
+    tools/bench/weights.py --docs docs/weights.md             and write the tables of what was measured last
+
+Runs in the environment of tools/setup. Each row is a process of its own, whose time and peak memory are
+measured. All linears and convolutions are quantized in every row, embeddings in none; bits are those of the
+quantized weights with scales, zero points, tables and side information.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import machine
+from environments import ROOT
+
+RESULTS = ROOT / "runs" / "bench" / "weights.jsonl"
+TASKS = ("language", "language_outliers", "digits_cnn", "digits_vit")
+WIDTHS = (4, 3, 2)
+
+PAPER = "range='minmax', sweeps=0, drift=False"  # GPTQ as published: the quantized inputs, no target but W
+
+
+@dataclass(frozen=True)
+class Row:
+    """`recipe(bits)` gives passes as `str(pass)` writes them; `plain` names the row to compare with."""
+
+    name: str
+    recipe: Callable[[int], list[str]]
+    plain: str = ""
+    widths: tuple[int, ...] = WIDTHS
+
+
+def _integer(options: str) -> Callable[[int], list[str]]:
+    return lambda bits: [f"quantize_weights(grid='int{bits}', {options})"]
+
+
+def _codebook(options: str) -> Callable[[int], list[str]]:
+    return lambda bits: [f"quantize_weights(grid='codebook{bits}', group_size=0, {options})"]
+
+
+def _rotated(options: str) -> Callable[[int], list[str]]:
+    return lambda bits: ["rotate", *_integer(options)(bits)]
+
+
+def _fp4(searched: bool) -> Callable[[int], list[str]]:
+    spread = "mse" if searched else "minmax"
+    activations = f"quantize_activations(grid='e2m1', granularity='tensor', static=True, observer='{spread}')"
+    weights = f"quantize_weights(grid='e2m1', range='{spread}', objective='plain', rounding='nearest')"
+    return lambda bits: [*(["smooth"] if searched else []), activations, weights]
+
+
+ROWS = (
+    Row("nearest", _integer("objective='plain', rounding='nearest', range='minmax'")),
+    Row("searched ranges", _integer("objective='plain', rounding='nearest'"), "nearest"),
+    Row("AdaRound", _integer("rounding='adaround', range='minmax', sweeps=0, drift=False"), "nearest"),
+    Row("GPTQ", _integer(PAPER), "nearest"),
+    Row("OWQ", _integer(f"{PAPER}, columns=0.01"), "GPTQ"),
+    Row("GuidedQuant", _integer(f"{PAPER}, objective='gradient'"), "GPTQ"),
+    Row("rotation + GPTQ", _rotated(PAPER), "GPTQ"),
+    Row("RSQ", _rotated(f"{PAPER}, objective='attention'"), "rotation + GPTQ"),
+    Row("codebook, nearest", _codebook("objective='plain', rounding='nearest'")),
+    Row("LeanQuant", _codebook("sweeps=0, drift=False"), "codebook, nearest"),
+    Row("GuidedQuant + LNQ", _codebook("sweeps=10, drift=False, objective='gradient'"), "LeanQuant"),
+    Row("FP4, largest to the end", _fp4(False), widths=(4,)),
+    Row("LLM-FP4", _fp4(True), "FP4, largest to the end", (4,)),
+    Row("low rank 4 + GPTQ", _integer(f"{PAPER}, rank=4"), "GPTQ"),
+    Row("GPTQ + drift", _integer("range='minmax', sweeps=0"), "GPTQ"),
+    Row("GPTQ + drift + ranges + sweeps", _integer("sweeps=3"), "GPTQ"),
+    Row("recipe w4, w3, w2", lambda bits: [f"w{bits}"], "GPTQ"),
+)
+
+
+def measure(task: str, passes: list[str]) -> dict[str, Any]:
+    """Return the figures of one row; runs in a process of its own."""
+    import torch
+    from tasks import TASKS as KNOWN
+    from torch.nn import functional
+
+    import graphopt
+    from graphopt.analysis.cost import weight_bits
+    from graphopt.pipeline import builtin, builtin_names, parse_pass
+
+    material = KNOWN[task].make()
+    if len(passes) == 1 and passes[0] in builtin_names():
+        recipe = list(builtin(passes[0]).passes)
+    else:
+        recipe = [*builtin("exact").passes, *(parse_pass(each) for each in passes)]
+    started = time.perf_counter()
+    result = graphopt.optimize(
+        material.model, material.example_inputs, recipe=recipe, calibration=material.calibration
+    )
+    seconds = time.perf_counter() - started
+    divergence = surprise = 0.0
+    count = following = 0
+    with torch.no_grad():
+        for inputs in material.heldout:
+            assert isinstance(inputs, tuple)
+            expected = functional.log_softmax(material.model(*inputs).double(), -1).flatten(0, -2)
+            found = functional.log_softmax(result(*inputs).double(), -1).flatten(0, -2)
+            divergence += float((expected.exp() * (expected - found)).sum())
+            count += len(expected)
+            if task.startswith("language"):
+                surprise -= float(found[:-1].gather(1, inputs[0].reshape(-1)[1:, None]).sum())
+                following += len(found) - 1
+    assert result.original is not None
+    original, program = result.original.weights, result.program
+    kept = [n for n, w in program.weights.items() if w.is_floating_point() and n in original]
+    untouched = sum(32 * program.weights[name].numel() for name in kept)
+    quantized = sum(w.numel() for n, w in original.items() if n not in kept and w.dim() > 1)
+    return {
+        "kl": divergence / count,
+        "bits_per_byte": surprise / following / math.log(2) if following else None,
+        "bits": (weight_bits(program) - untouched) / quantized,
+        "seconds": seconds,
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def rows(names: list[str], widths: list[int]) -> Iterator[tuple[Row, int]]:
+    for bits in widths:
+        for row in ROWS:
+            if bits in row.widths and (not names or row.name in names):
+                yield row, bits
+
+
+def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
+    """Measure rows one after the other; each is written when it is done."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    for task in tasks:
+        for row, bits in rows(names, widths):
+            job = json.dumps([task, row.recipe(bits)])
+            command = [sys.executable, __file__, "--child", job]
+            child = subprocess.run(command, env=environment, capture_output=True, text=True)
+            record: dict[str, Any] = {
+                "task": task, "method": row.name, "bits_wanted": bits, "recipe": row.recipe(bits),
+                "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), "machine": machine.describe(),
+            }  # fmt: skip
+            if child.returncode:
+                record["error"] = child.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
+            else:
+                record["figures"] = json.loads(child.stdout.strip().splitlines()[-1])
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            shown = record.get("figures") or record["error"]
+            print(f"{task} {bits} bits, {row.name}: {shown}", file=sys.stderr, flush=True)
+
+
+def tables() -> str:
+    """Return the tables of the newest record of each row."""
+    newest: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for line in RESULTS.read_text().splitlines():
+        record = json.loads(line)
+        newest[record["task"], record["bits_wanted"], record["method"]] = record
+    if not newest:
+        return ""
+    last = next(reversed(newest.values()))
+    text = [
+        "# What each method gains",
+        "",
+        "Written by `tools/bench/weights.py --docs docs/weights.md`. KL to the float model on held-out data, in nats;",
+        "*gain*: the KL of the plain choice that the method improves on, over its own (below 1: no gain here).",
+        "Bits are those of the quantized weights, with everything that is stored beside codes. Seconds and peak memory",
+        f"are of the whole run, on {last['machine']['cpu']}, {last['machine'].get('cores', 2)} cores.",
+    ]
+    for task in TASKS:
+        for bits in WIDTHS:
+            found = {row.name: newest[task, bits, row.name] for row in ROWS if (task, bits, row.name) in newest}
+            if found:
+                text += ["", f"## {task}, {bits} bits", "", *_table(found)]
+    return "\n".join(text) + "\n"
+
+
+def _table(found: dict[str, dict[str, Any]]) -> list[str]:
+    language = any((each.get("figures") or {}).get("bits_per_byte") for each in found.values())
+    heads = ["method", "over", "KL", "gain", *(["bits a byte"] if language else []), "bits", "seconds", "peak MB"]
+    text = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+    for row in ROWS:
+        if row.name not in found:
+            continue
+        figures = found[row.name].get("figures")
+        if figures is None:
+            text.append(f"| {row.name} | {row.plain} | {found[row.name]['error'][0]} |" + " |" * (len(heads) - 3))
+            continue
+        plain = (found.get(row.plain) or {}).get("figures")
+        gain = f"{plain['kl'] / figures['kl']:.2f}" if plain and figures["kl"] > 0 else ""
+        cells = [row.name, row.plain, f"{figures['kl']:.2e}", gain]
+        cells += [f"{figures['bits_per_byte']:.4f}"] if language else []
+        cells += [f"{figures['bits']:.2f}", f"{figures['seconds']:.0f}", f"{figures['peak_bytes'] / 1e6:.0f}"]
+        text.append("| " + " | ".join(cells) + " |")
+    dates = sorted({each["date"] for each in found.values()})
+    commits = sorted({each["commit"] for each in found.values()})
+    return [*text, "", f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, commit {', '.join(commits)}."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="name the rows and leave")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="models")
+    parser.add_argument("--method", nargs="+", default=[], help="rows by name; all where not given")
+    parser.add_argument("--bits", nargs="+", type=int, choices=WIDTHS, default=list(WIDTHS), help="widths")
+    parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    known = [row.name for row in ROWS]
+    if unknown := [name for name in given.method if name not in known]:
+        parser.error(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
+    if given.child:
+        print(json.dumps(measure(*json.loads(given.child))))
+    elif given.list:
+        print("\n".join(f"{row.name:32} {'; '.join(row.recipe(row.widths[0]))}" for row in ROWS))
+    elif given.docs:
+        if not RESULTS.exists():
+            parser.error(f"nothing was measured yet: {RESULTS} is not there; run without --docs first")
+        given.docs.write_text(tables())
+    else:
+        run(given.task, given.method, given.bits)
+
+
+if __name__ == "__main__":
+    main()
