@@ -5,6 +5,7 @@
                 Leads to Better Quantized LLMs")
     gradient    r_tp = mean over the output channels of part p of (d loss / d z_t)^2   ("GuidedQuant: Large Language
                 Model Quantization via Exploiting End Loss Guidance")
+    outputs     G = sum_t (d loss / d z_t) (d loss / d z_t)^T, how errors of a layer's outputs add up in the loss
 
 Attention is what the graph says it is: scaled_dot_product_attention, or a softmax whose result a product reads as its
 first factor. A layer takes the attention that it feeds, else the last one before it, else the first one after it.
@@ -166,6 +167,7 @@ def gradient_weights(
     progress: Progress,
     loss: Loss | None = None,
     seed: int = 0,
+    outputs: dict[fx.Node, Tensor] | None = None,
 ) -> dict[fx.Node, list[Tensor | None]]:
     """Return the mean squared gradients [parts, tokens] of every batch for each site; `sites` gives the parts.
 
@@ -176,22 +178,23 @@ def gradient_weights(
         loss: of the module and a batch; None: the program's own where an output is a single number, else minus the
             logarithm of the probability of labels drawn from its own predictions (the last axis is the classes), whose
             mean squared gradient is the Fisher information.
+        outputs: where given, G [R, R] of every site is put there, float64.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[fx.Node, list[Tensor | None]] = {site: [] for site in sites}
-    outputs: dict[fx.Node, Tensor] = {}
+    written: dict[fx.Node, Tensor] = {}
 
     def show(node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
         if not result.requires_grad:
             result = result.requires_grad_()
         result.retain_grad()
-        outputs[node] = result
+        written[node] = result
         return result
 
     watch = _Watch(program, sites, show)
 
     def run(*flat: Any) -> None:
-        outputs.clear()
+        written.clear()
         with torch.enable_grad():
             if loss is not None:
                 args, kwargs = pytree.tree_unflatten(list(flat), program.signature.in_spec)
@@ -203,16 +206,24 @@ def gradient_weights(
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
         for site, parts in sites.items():
-            gradient = outputs[site].grad if site in outputs else None
-            found[site].append(None if gradient is None else _by_part(gradient, site, parts))
+            gradient = written[site].grad if site in written else None
+            rows = None if gradient is None else _rows(gradient, site)
+            found[site].append(None if rows is None else _by_part(rows, parts))
+            if outputs is not None and rows is not None:
+                outputs[site] = outputs.get(site, 0) + rows.mT @ rows
 
     _read("gradients", run, batches, progress)
     return {site: _scaled(each) for site, each in found.items()}
 
 
-def _by_part(gradient: Tensor, site: fx.Node, parts: int) -> Tensor:
+def _rows(gradient: Tensor, site: fx.Node) -> Tensor:
+    """Return the gradient of each token, float64 [T, R]."""
     rows = gradient if operator(site) == "linear" else gradient.movedim(1, -1)
-    squared = rows.reshape(-1, rows.shape[-1]).double().square()
+    return rows.reshape(-1, rows.shape[-1]).double()
+
+
+def _by_part(rows: Tensor, parts: int) -> Tensor:
+    squared = rows.square()
     return squared.reshape(len(squared), parts, -1).mean(-1).mT
 
 

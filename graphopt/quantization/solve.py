@@ -8,6 +8,9 @@
     rank       A B = argmin tr (W - Q - A B)^T H (W - Q - A B): the leading singular vectors of S (W - Q), H = S^T S, in
                turns with Q ("LQER: Low-Rank Quantization Error Reconstruction for LLMs", whose S is diagonal)
 
+With `outputs`, G, errors of different output channels are weighed against each other too: the cost is tr G E^T H E, the
+loss's curvature as a Kronecker product ("Model-Preserving Adaptive Rounding").
+
 The rest of the weight is rounded knowing what is kept. Sweeps of coordinate descent follow, each over codes and then
 over scales or tables, until they gain nothing.
 """
@@ -23,13 +26,22 @@ from torch import Tensor
 from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, fit
 from graphopt.quantization.objectives import Gram, damped
-from graphopt.quantization.rounding import descend, objective, refit_scales, refit_table, round_with_feedback
+from graphopt.quantization.rounding import (
+    descend,
+    objective,
+    prepare,
+    refit_scales,
+    refit_table,
+    round_with_feedback,
+)
 from graphopt.quantization.rounding.adaround import learned_rounding
-from graphopt.quantization.rounding.gptq import Order
+from graphopt.quantization.rounding.gptq import Order, Prepared, feedback
 
 Rounding = Literal["nearest", "gptq", "adaround"]
 _TURNS = 2  # of quantizing and low rank: the second gains a little, a third next to nothing
 _GAIN = 1e-4  # relative: a sweep that gains less is the last
+_CHANNELS = 32  # rounded together: fewer gain a little, and take as much longer
+_OUTPUT_DAMPING = 0.1  # of the mean of the diagonal: the gradients of some batches know no more
 _INDEX_BITS = 32  # of an outlier's place, and of an input that is kept
 
 
@@ -131,8 +143,14 @@ class Quantized:
         return float(total)
 
 
-def quantize_matrix(weight: Tensor, choices: Choices, gram: Gram | None = None) -> Quantized:
+def quantize_matrix(
+    weight: Tensor, choices: Choices, gram: Gram | None = None, outputs: Tensor | None = None
+) -> Quantized:
     """Return W [P, K, R] quantized; without a Gram matrix every input counts alike.
+
+    `outputs` [R, R] says how errors of the output channels add up in the loss (the second moment of its gradients by
+    them); without it each channel stands alone. So it does where there are parts, and where scales of several channels
+    hang together.
 
     Computed in float32, in float64 where W is; factorizations always in float64.
     """
@@ -143,12 +161,14 @@ def quantize_matrix(weight: Tensor, choices: Choices, gram: Gram | None = None) 
         weight = gram.target(weight, choices.damping)
     else:
         hessian = torch.eye(inputs, dtype=torch.float64).expand(parts, inputs, inputs)
+    if parts > 1 or choices.form.group < 0 or not choices.form.grid.scales_alone:
+        outputs = None
     left = right = None
     if choices.rank:
         left, right = weight.new_zeros(parts, inputs, 1), weight.new_zeros(parts, 1, channels)
     for turn in range(_TURNS if choices.rank else 1):
         rest = weight if left is None or right is None else weight - left @ right
-        rounded, coding, kept, free = _quantized(rest, hessian, choices, gram is not None)
+        rounded, coding, kept, free = _quantized(rest, hessian, choices, gram is not None, outputs)
         if choices.rank and turn < _TURNS:
             left, right = _low_rank(weight - rounded, hessian, choices.rank)
     codes = coding.codes(rounded)
@@ -170,38 +190,107 @@ def relative_error(weight: Tensor, quantized: Quantized, gram: Gram | None = Non
     return float(cost / whole) if whole > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class _Site:
+    """What is known of a matrix before any of its channels is rounded.
+
+    Attributes:
+        hessian: H [P, K, K] float64, and single: the same in the weight's dtype.
+        kept: inputs that are kept, bool [K]; prepared: for gptq.
+        informed: whether H says anything.
+    """
+
+    choices: Choices
+    hessian: Tensor
+    single: Tensor
+    kept: Tensor
+    prepared: Prepared | None
+    informed: bool
+
+    @property
+    def some_kept(self) -> Tensor | None:
+        return self.kept if bool(self.kept.any()) else None
+
+
 def _quantized(
-    weight: Tensor, hessian: Tensor, choices: Choices, informed: bool
+    weight: Tensor, hessian: Tensor, choices: Choices, informed: bool, outputs: Tensor | None
 ) -> tuple[Tensor, Coding, Tensor, Tensor | None]:
     """Return Q, its coding, the inputs that are kept and the weights that are free."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    form = choices.form
-    coding = _fitted(weight, hessian, choices)
     kept, free = _exceptions(weight, hessian, choices)
-    some = kept if bool(kept.any()) else None
-    loose = None if some is None and free is None else _loose(weight, kept, free)
-    if loose is not None:
-        # What is kept does not widen the ranges of the rest.
-        coding = _fitted(torch.where(loose, 0.0, weight), hessian, choices)
+    form, prepared = choices.form, None
     if choices.rounding == "gptq" and informed:
+        some = kept if bool(kept.any()) else None
+        groups = form.groups(weight.shape[1])
+        prepared = prepare(hessian, groups, choices.order, weight.dtype, _local(weight, choices), some)
+    site = _Site(choices, hessian, hessian.to(weight.dtype), kept, prepared, informed)
+    if outputs is None:
+        return (*_rounded(weight, site, free), kept, free)
+    return (*_channels_in_turn(weight, site, free, outputs), kept, free)
+
+
+def _local(weight: Tensor, choices: Choices) -> bool:
+    """Return whether ranges are fitted when rounding reaches their group."""
+    grid = choices.form.grid
+    several = 0 < choices.form.group < weight.shape[1]
+    return choices.local_ranges and several and grid.scales_alone and not grid.tabled
+
+
+def _channels_in_turn(
+    weight: Tensor, site: _Site, free: Tensor | None, outputs: Tensor
+) -> tuple[Tensor, Coding]:
+    """Round some output channels after the others, each for what the errors before it have done to the loss.
+
+    With G = M^T D M over the channels, as over the inputs in GPTQ,
+
+        tr G E^T H E  =  sum_r d_r |e_r + sum_{s<r} M_rs e_s|_H^2        so channel r is rounded for w_r + sum M_rs e_s
+    """
+    mean = outputs.diagonal().mean()
+    damped_outputs = outputs / mean + _OUTPUT_DAMPING * torch.eye(len(outputs), dtype=outputs.dtype)
+    order = torch.argsort(damped_outputs.diagonal(), descending=True, stable=True)
+    factor = feedback(damped_outputs[order][:, order][None])[0].to(weight.dtype)
+    weight, free = weight[..., order], None if free is None else free[..., order]
+    rounded, error, codings = torch.empty_like(weight), torch.zeros_like(weight), []
+    for first in range(0, len(order), _CHANNELS):
+        here = slice(first, min(first + _CHANNELS, len(order)))
+        target = weight[..., here] + error[..., :first] @ factor[here, :first].mT
+        rounded[..., here], coding = _rounded(target, site, None if free is None else free[..., here])
+        error[..., here] = weight[..., here] - rounded[..., here]
+        codings.append(coding)
+    back = torch.argsort(order)
+    zeros = [each.zero_point for each in codings if each.zero_point is not None]
+    tables = [each.table for each in codings if each.table is not None]
+    return rounded[..., back], Coding(
+        codings[0].grid,
+        codings[0].groups,
+        torch.cat([each.scale for each in codings], -1)[..., back],
+        torch.cat(zeros, -1)[..., back] if zeros else None,
+        torch.cat(tables, 1)[:, back] if tables else None,
+    )
+
+
+def _rounded(weight: Tensor, site: _Site, free: Tensor | None) -> tuple[Tensor, Coding]:
+    """Return Q and its coding for channels that are rounded together."""
+    choices, form = site.choices, site.choices.form
+    diagonal = site.hessian.diagonal(dim1=-2, dim2=-1)
+    loose = None if site.some_kept is None and free is None else _loose(weight, site.kept, free)
+    # What is kept does not widen the ranges of the rest.
+    coding = _fitted(weight if loose is None else torch.where(loose, 0.0, weight), site.hessian, choices)
+    if site.prepared is not None:
 
         def refit(block: Tensor, which: Tensor) -> tuple[Tensor, Tensor | None]:
             inner = block if free is None else torch.where(free[:, which], 0.0, block)
             local = fit(inner, form, diagonal[:, which])  # no more inputs than a group has
             return local.scale, local.zero_point
 
-        several = 0 < form.group < weight.shape[1]
-        local = choices.local_ranges and several and form.grid.scales_alone and not form.grid.tabled
-        rounded, coding = round_with_feedback(
-            weight, hessian, coding, choices.order, refit if local else None, some, free
-        )
+        local = _local(weight, choices)
+        rounded, coding = round_with_feedback(weight, site.prepared, coding, refit if local else None, free)
     else:
-        learned = choices.rounding == "adaround" and informed
-        rounded = learned_rounding(weight, hessian, coding) if learned else coding.nearest(weight)
+        learned = choices.rounding == "adaround" and site.informed
+        rounded = learned_rounding(weight, site.hessian, coding) if learned else coding.nearest(weight)
         rounded = rounded if loose is None else torch.where(loose, weight, rounded)
-    if choices.sweeps and informed:
-        rounded, coding = _swept(weight, rounded, hessian, coding, choices, some, free)
-    return rounded, coding, kept, free
+    if choices.sweeps and site.informed:
+        rounded, coding = _swept(weight, rounded, coding, site, free)
+    return rounded, coding
 
 
 def _loose(weight: Tensor, kept: Tensor, free: Tensor | None) -> Tensor:
@@ -211,25 +300,19 @@ def _loose(weight: Tensor, kept: Tensor, free: Tensor | None) -> Tensor:
 
 
 def _swept(
-    weight: Tensor,
-    rounded: Tensor,
-    hessian: Tensor,
-    coding: Coding,
-    choices: Choices,
-    kept: Tensor | None,
-    free: Tensor | None,
+    weight: Tensor, rounded: Tensor, coding: Coding, site: _Site, free: Tensor | None
 ) -> tuple[Tensor, Coding]:
     """Sweep until nothing is gained."""
-    nothing = torch.zeros(weight.shape[1], dtype=torch.bool)
-    loose = None if kept is None and free is None else _loose(weight, nothing if kept is None else kept, free)
-    cost = float(objective(weight, rounded, hessian).sum())
-    for _ in range(choices.sweeps):
+    kept, gram = site.some_kept, site.single
+    loose = None if kept is None and free is None else _loose(weight, site.kept, free)
+    cost = float(objective(weight, rounded, site.hessian).sum())
+    for _ in range(site.choices.sweeps):
         if coding.table is not None:
-            new, new_coding = refit_table(weight, rounded, hessian, coding, loose)
+            new, new_coding = refit_table(weight, rounded, gram, coding, loose)
         else:
-            new, new_coding = refit_scales(weight, rounded, hessian, coding, choices.form, loose)
-        new = descend(weight, new, hessian, new_coding, kept, free)
-        now = float(objective(weight, new, hessian).sum())
+            new, new_coding = refit_scales(weight, rounded, gram, coding, site.choices.form, loose)
+        new = descend(weight, new, gram, new_coding, kept, free)
+        now = float(objective(weight, new, site.hessian).sum())
         if not now < cost:
             break  # what is left is the rounding of float32
         rounded, coding, gained, cost = new, new_coding, cost - now, now

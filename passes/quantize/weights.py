@@ -8,7 +8,8 @@ The inputs stay in floating point. How a weight is rounded is a choice from each
 
     objective   plain: each weight by itself. gram: what the layer's inputs over the calibration data make of an error.
                 attention: the same, tokens weighted by the attention they draw. gradient: by the gradients of the
-                loss, for `parts` groups of output channels each (`graphopt.calibration.tokens`)
+                loss, for `parts` groups of output channels each (`graphopt.calibration.tokens`). fisher: by the
+                gradients too, and output channels weighed against each other by how their errors add up in the loss
     sequential  a layer's inputs are those that the quantized layers before it give, stage by stage
     drift       and its target is what the original layer gives for the original inputs
 
@@ -55,7 +56,7 @@ class QuantizeWeights(LossyPass):
         conv_group_size: the same for convolutions.
         symmetric: whether zero is the middle code; else there are zero points, where the grid takes them.
         range: minmax, percentile, mse or entropy; percentile: the share of weights inside.
-        objective: plain, gram, attention or gradient, see above.
+        objective: plain, gram, attention, gradient or fisher, see above.
         rounding: nearest; gptq or adaround, which weigh inputs against each other and so need another objective than
             plain.
         order: of the inputs in gptq: activation, group or given.
@@ -81,7 +82,7 @@ class QuantizeWeights(LossyPass):
     symmetric: bool = False
     range: WeightRange = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.9
-    objective: Literal["plain", "gram", "attention", "gradient"] = "gram"
+    objective: Literal["plain", "gram", "attention", "gradient", "fisher"] = "gram"
     rounding: Rounding = "gptq"
     order: Order = "activation"
     sweeps: Annotated[int, Field(ge=0)] = 3
@@ -181,6 +182,7 @@ class QuantizeWeights(LossyPass):
         made: dict[fx.Node, tuple[Quantized, float]] = {}
         weight_of = {site: weight for weight, sites in weights.items() for site in sites}
         grams: dict[fx.Node, Gram] = {}
+        outputs: dict[fx.Node, Tensor] = {}
 
         parts = {weight: self._parts_of(sites) for weight, sites in weights.items()}
 
@@ -188,7 +190,8 @@ class QuantizeWeights(LossyPass):
             site = weights[weight][0]
             matrix = to_matrix(program.weight(weight).detach(), site, parts[weight])
             table = any(operator(user) == "embedding" for user in weight.users)
-            quantized = quantize_matrix(matrix, self.choices(operator(site) != "linear", table), gram)
+            choices = self.choices(operator(site) != "linear", table)
+            quantized = quantize_matrix(matrix, choices, gram, _sum_over(weights[weight], outputs))
             made[weight] = quantized, relative_error(matrix, quantized, gram)
             return from_matrix(quantized.value(), program.weight(weight))
 
@@ -197,7 +200,8 @@ class QuantizeWeights(LossyPass):
                 solve(weight, None)
             return made
         batches = context.needed_calibration(self.name)
-        counts = self._token_weights(program, {site: parts[weight] for site, weight in weight_of.items()}, context)
+        sites_of = {site: parts[weight] for site, weight in weight_of.items()}
+        counts = self._token_weights(program, sites_of, outputs, context)
         # A weight that is read in several places is rounded before the first of them runs: inputs from the original.
         shared = [weight for weight, sites in weights.items() if len(sites) > 1]
         if shared:
@@ -237,14 +241,18 @@ class QuantizeWeights(LossyPass):
         return self.parts if self.objective == "gradient" and whole else 1
 
     def _token_weights(
-        self, program: Program, sites: Mapping[fx.Node, int], context: Context
+        self, program: Program, sites: Mapping[fx.Node, int], outputs: dict[fx.Node, Tensor], context: Context
     ) -> dict[fx.Node, list[Tensor | None]]:
-        """Return what each token counts, a tensor a batch for each site; sites without weights are left out."""
+        """Return what each token counts, a tensor a batch for each site; sites without weights are left out.
+
+        For the fisher objective `outputs` is filled as well.
+        """
         batches = context.needed_calibration(self.name)
         if self.objective == "attention":
             return attention_weights(program, sites, batches, context.progress)
-        if self.objective == "gradient":
-            return gradient_weights(program, sites, batches, context.progress, context.loss, context.seed)
+        if self.objective in ("gradient", "fisher"):
+            wanted = outputs if self.objective == "fisher" else None
+            return gradient_weights(program, sites, batches, context.progress, context.loss, context.seed, wanted)
         return {}
 
     # Writing ------------------------------------------------------------------------------------------------------
@@ -458,6 +466,13 @@ class _Inputs:
         for site, gram, counts in self.all:
             update(gram, site, values, None, _nth(counts, self.batch))
         self.batch += 1
+
+
+def _sum_over(sites: list[fx.Node], outputs: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    """Return the sum of what all readers of a weight say of its output channels; None where that is nothing."""
+    found = [outputs[site] for site in sites if site in outputs]
+    total = sum(found[1:], start=found[0]) if found else None
+    return total if total is not None and float(total.diagonal().mean()) > 0 else None
 
 
 def _nth(counts: list[Tensor | None], batch: int) -> Tensor | None:

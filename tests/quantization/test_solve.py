@@ -16,7 +16,14 @@ from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, WeightRange, fit
 from graphopt.quantization.grids import grid, known_grids
 from graphopt.quantization.objectives import Gram, damped, patches
-from graphopt.quantization.rounding import descend, objective, refit_scales, refit_table, round_with_feedback
+from graphopt.quantization.rounding import (
+    descend,
+    objective,
+    prepare,
+    refit_scales,
+    refit_table,
+    round_with_feedback,
+)
 from graphopt.quantization.rounding.gptq import Order, feedback, input_order
 from graphopt.quantization.solve import Choices, Quantized, quantize_matrix, relative_error
 
@@ -223,7 +230,7 @@ def test_equals_the_textbook(order: Order, group: int) -> None:
     hessian = damped(drawn_gram(inputs, 0).mean, 0.01)
     weight = drawn_weight(inputs, 6, 0)
     coding = coding_of(weight, "int3", group)
-    rounded, _ = round_with_feedback(weight, hessian, coding, order)
+    rounded, _ = round_with_feedback(weight, prepare(hessian, coding.groups, order, weight.dtype), coding)
     steps = input_order(hessian, coding.groups, order)
     permuted = Coding(coding.grid, coding.groups[steps], coding.scale)
     expected = textbook_gptq(weight[0, steps], hessian[0][steps][:, steps], permuted)
@@ -265,7 +272,7 @@ def test_close_to_the_best_of_all_codes_and_descent_never_rises(seed: int, name:
     coding = coding_of(weight, name)
     best = brute_force(weight[0, :, 0], hessian[0], coding)
     nearest = coding.nearest(weight)
-    gptq, _ = round_with_feedback(weight, hessian, coding)
+    gptq, _ = round_with_feedback(weight, prepare(hessian, coding.groups, "activation", weight.dtype), coding)
     cost, before = (float(objective(weight, each, hessian)) for each in (nearest, gptq))
     assert best <= before * (1 + 1e-9)
     assert best <= cost * (1 + 1e-9)
@@ -313,7 +320,7 @@ def test_no_step_of_a_sweep_raises_the_cost(seed: int, name: str, symmetric: boo
     if form.grid.tabled:
         table = learned_table(weight, hessian.diagonal(dim1=-2, dim2=-1), form.grid.code_max + 1)
         coding = coding.with_scale(torch.ones_like(coding.scale)).with_table(table)
-    rounded, coding = round_with_feedback(weight, hessian, coding)
+    rounded, coding = round_with_feedback(weight, prepare(hessian, coding.groups, "given", weight.dtype), coding)
     cost = objective(weight, rounded, hessian)
     for _ in range(3):
         if form.grid.tabled:

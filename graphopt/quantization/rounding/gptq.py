@@ -16,6 +16,7 @@ other. The order decides: inputs that matter most are rounded first, while there
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -56,33 +57,55 @@ def feedback(gram: Tensor) -> Tensor:
     return unit.tril_(-1)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What rounding needs of H alone, made once for all output channels.
+
+    Attributes:
+        steps: the inputs [K] in the order of rounding, those that are kept last.
+        kept: bool [K], inputs that are not rounded at all, or None.
+        factor: M - I [P, K, K] for inputs in that order.
+    """
+
+    steps: Tensor
+    kept: Tensor | None
+    factor: Tensor
+
+
+def prepare(
+    gram: Tensor, groups: Tensor, order: Order, dtype: torch.dtype, together: bool = False, kept: Tensor | None = None
+) -> Prepared:
+    """Factorize H [P, K, K], positive, for inputs of the given groups [K].
+
+    With `together` the inputs of a group follow each other, whatever order is asked for: ranges fitted on the way need
+    that.
+    """
+    steps = input_order(gram, groups, "group" if together and order == "activation" else order)
+    if kept is not None:
+        steps = torch.cat([steps[~kept[steps]], steps[kept[steps]]])
+    return Prepared(steps, kept, feedback(gram[:, steps][:, :, steps]).to(dtype))
+
+
 def round_with_feedback(
     weight: Tensor,
-    gram: Tensor,
+    prepared: Prepared,
     coding: Coding,
-    order: Order = "activation",
     refit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None,
-    kept: Tensor | None = None,
     free: Tensor | None = None,
 ) -> tuple[Tensor, Coding]:
     """Return Q [P, K, R] on the grid of `coding`, and the coding.
 
     Args:
         weight: W [P, K, R].
-        gram: H [P, K, K], positive.
+        prepared: order and factor; with `refit`, made with `together`.
         coding: scales and zero points; where `refit` is given, its scales are replaced group by group.
-        order: see `input_order`; with `refit` groups stay together, whatever is asked for.
         refit: gives scale and zero point [P, 1, R] of a group, for its weights as corrected so far [P, g, R], and which
             inputs these are [g].
-        kept: bool [K], inputs that are not rounded at all: they come last and take what error there is.
         free: bool [P, K, R], single weights that are not rounded.
 
-    The result holds weights as they are where they are kept or free, corrected for the others' errors.
+    The result holds weights as they are where their inputs are kept or they are free, corrected for the others' errors.
     """
-    steps = input_order(gram, coding.groups, "group" if refit is not None and order == "activation" else order)
-    if kept is not None:
-        steps = torch.cat([steps[~kept[steps]], steps[kept[steps]]])
-    factor = feedback(gram[:, steps][:, :, steps]).to(weight.dtype)
+    steps, kept, factor = prepared.steps, prepared.kept, prepared.factor
     weight, free = weight[:, steps], None if free is None else free[:, steps]
     groups, fixed = coding.groups[steps], None if kept is None else kept[steps]
     rounded, error = torch.empty_like(weight), torch.zeros_like(weight)
