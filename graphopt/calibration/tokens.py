@@ -213,7 +213,7 @@ def gradient_weights(
                 outputs[site] = outputs.get(site, 0) + rows.mT @ rows
 
     _read("gradients", run, batches, progress)
-    return {site: _scaled(each) for site, each in found.items()}
+    return {site: _evened(each, site, outputs) for site, each in found.items()}
 
 
 def _rows(gradient: Tensor, site: fx.Node) -> Tensor:
@@ -227,14 +227,25 @@ def _by_part(rows: Tensor, parts: int) -> Tensor:
     return squared.reshape(len(squared), parts, -1).mean(-1).mT
 
 
-def _scaled(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Bring the mean over all batches to 1: squares of gradients are tiny, and only their ratios count."""
+def _evened(
+    weights: Sequence[Tensor | None], site: fx.Node, outputs: dict[fx.Node, Tensor] | None
+) -> list[Tensor | None]:
+    """Bring the mean over all batches to 1, and trust the weights as far as many batches share them.
+
+    Where predictions are almost certain, the gradients of a few batches are all there is, and say little of other data.
+    With the share a of the batches that they come from, (sum R)^2 / (n sum R^2) for sums R over batches, tokens count
+    a r + (1 - a), and G becomes a G + (1 - a) I, its mean diagonal brought to 1.
+    """
     known = [each for each in weights if each is not None]
-    total = sum(float(each.sum()) for each in known)
-    if not total > 0:
+    sums = torch.tensor([float(each.sum()) for each in known], dtype=torch.float64)
+    if not float(sums.sum()) > 0:
         return [None for _ in weights]
-    mean = total / sum(each.numel() for each in known)
-    return [None if each is None else (each / mean).float() for each in weights]
+    share = float(sums.sum() ** 2 / (len(sums) * sums.square().sum()))
+    mean = float(sums.sum()) / sum(each.numel() for each in known)
+    if outputs is not None:
+        total = outputs[site] / outputs[site].diagonal().mean()
+        outputs[site] = share * total + (1 - share) * torch.eye(len(total), dtype=total.dtype)
+    return [None if each is None else (share * each / mean + 1 - share).float() for each in weights]
 
 
 def _own_loss(outputs: Sequence[Any], generator: torch.Generator) -> Tensor:

@@ -40,7 +40,8 @@ from graphopt.quantization.rounding.gptq import Order, Prepared, feedback
 Rounding = Literal["nearest", "gptq", "adaround"]
 _TURNS = 2  # of quantizing and low rank: the second gains a little, a third next to nothing
 _GAIN = 1e-4  # relative: a sweep that gains less is the last
-_CHANNELS = 32  # rounded together: fewer gain a little, and take as much longer
+_TURNS_OF_CHANNELS = 16  # more gain a little, and take as much longer
+_LEAST_CHANNELS, _MOST_CHANNELS = 4, 128  # rounded together
 _OUTPUT_DAMPING = 0.1  # of the mean of the diagonal: the gradients of some batches know no more
 _INDEX_BITS = 32  # of an outlier's place, and of an input that is kept
 
@@ -250,8 +251,9 @@ def _channels_in_turn(
     factor = feedback(damped_outputs[order][:, order][None])[0].to(weight.dtype)
     weight, free = weight[..., order], None if free is None else free[..., order]
     rounded, error, codings = torch.empty_like(weight), torch.zeros_like(weight), []
-    for first in range(0, len(order), _CHANNELS):
-        here = slice(first, min(first + _CHANNELS, len(order)))
+    together = min(max(len(order) // _TURNS_OF_CHANNELS, _LEAST_CHANNELS), _MOST_CHANNELS)
+    for first in range(0, len(order), together):
+        here = slice(first, min(first + together, len(order)))
         target = weight[..., here] + error[..., :first] @ factor[here, :first].mT
         rounded[..., here], coding = _rounded(target, site, None if free is None else free[..., here])
         error[..., here] = weight[..., here] - rounded[..., here]

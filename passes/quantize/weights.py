@@ -238,7 +238,8 @@ class QuantizeWeights(LossyPass):
         """Return in how many parts the output channels of a weight are solved."""
         channels = int(arguments(sites[0])["weight"].meta["val"].shape[0])
         whole = int(arguments(sites[0]).get("groups", 1)) == 1 and channels % self.parts == 0
-        return self.parts if self.objective == "gradient" and whole else 1
+        # A correction of low rank is one for all channels.
+        return self.parts if self.objective == "gradient" and whole and not self.rank else 1
 
     def _token_weights(
         self, program: Program, sites: Mapping[fx.Node, int], outputs: dict[fx.Node, Tensor], context: Context

@@ -125,8 +125,12 @@ def test_gradients_of_a_given_loss(parts: int) -> None:
         out: Tensor = model(*batch).square().sum()
         return out
 
-    found = gradient_weights(program, dict.fromkeys(sites.values(), parts), Batches(data, program), Silent(), loss)
+    moments: dict[fx.Node, Tensor] = {}
+    found = gradient_weights(
+        program, dict.fromkeys(sites.values(), parts), Batches(data, program), Silent(), loss, outputs=moments
+    )
     expected: dict[str, list[Tensor]] = {"0": [], "2": []}
+    second: dict[str, Tensor] = {"0": torch.zeros(8, 8), "2": torch.zeros(4, 4)}
     for (x,) in data:
         first = module[0](x).detach().requires_grad_()
         last = module[2](module[1](first))
@@ -135,11 +139,33 @@ def test_gradients_of_a_given_loss(parts: int) -> None:
         for name, value in (("0", first), ("2", last)):
             assert value.grad is not None
             expected[name].append(value.grad.square().reshape(5, parts, -1).mean(-1).T)
+            second[name] = second[name] + value.grad.T @ value.grad
     for name, values in expected.items():
-        mean = torch.stack(values).mean()
+        mean, sums = torch.stack(values).mean(), torch.stack([each.sum() for each in values])
+        share = sums.sum() ** 2 / (len(sums) * sums.square().sum())
+        eye = torch.eye(len(second[name]))
+        total = share * second[name] / second[name].diagonal().mean() + (1 - share) * eye
+        torch.testing.assert_close(moments[sites[name]].float(), total, rtol=1e-3, atol=1e-4)
         for made, value in zip(found[sites[name]], values, strict=True):
             assert made is not None
-            torch.testing.assert_close(made, value / mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(made, share * value / mean + 1 - share, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_single_batch_are_hardly_trusted() -> None:
+    """Nine of ten batches say nothing: the tenth, however loud, moves weights by a tenth."""
+    module = nn.Sequential(nn.Linear(4, 2)).eval()
+    data = [(torch.randn(6, 4) * (index == 3),) for index in range(10)]
+    program = capture(module, data[0])
+    (site,) = linears(program).values()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        out: Tensor = (model(*batch) * batch[0].abs().sum()).sum()
+        return out
+
+    found = gradient_weights(program, {site: 1}, Batches(data, program), Silent(), loss)[site]
+    values = [float(each.mean()) for each in found if each is not None]
+    assert values[0] == pytest.approx(0.9)
+    assert values[3] == pytest.approx(0.1 * 10 + 0.9)
 
 
 def test_own_loss_is_the_fisher_information_of_drawn_labels() -> None:

@@ -364,6 +364,33 @@ def test_tables_reach_least_squares() -> None:
     assert float(objective(weight, rounded, hessian)) <= best * 1.01 + 1e-9
 
 
+def total_cost(weight: Tensor, made: Quantized, gram: Gram, outputs: Tensor) -> float:
+    error = (weight - made.value())[0].double()
+    return float(((gram.mean[0] @ error @ outputs) * error).sum())
+
+
+@pytest.mark.parametrize("name", ["uint3", "int2", "e2m1", "codebook2"])
+def test_channels_that_know_of_each_other_do_less_harm(name: str) -> None:
+    """tr G E^T H E falls against channels on their own, and G = I changes next to nothing."""
+    gains = []
+    for seed in range(4):
+        gram, weight = drawn_gram(32, seed), drawn_weight(32, 96, seed)
+        outputs = drawn_gram(96, seed + 50).mean[0]
+        choices = Choices(Form(grid(name), 0 if name == "codebook2" else 8, False, "mse"), "gptq", sweeps=1)
+        alone, together = (quantize_matrix(weight, choices, gram, each) for each in (None, outputs))
+        gains.append(total_cost(weight, together, gram, outputs) / total_cost(weight, alone, gram, outputs))
+        same = quantize_matrix(weight, choices, gram, torch.eye(96, dtype=torch.float64))
+        assert relative_error(weight, same, gram) == pytest.approx(relative_error(weight, alone, gram), rel=0.02)
+    assert np.mean(gains) < 0.9
+
+
+def test_scales_that_hang_together_leave_channels_on_their_own() -> None:
+    gram, weight, outputs = drawn_gram(32, 0), drawn_weight(32, 40, 0), drawn_gram(40, 1).mean[0]
+    for form in (Form(grid("nvfp4"), 16), Form(grid("int4"), -1)):
+        alone, together = (quantize_matrix(weight, Choices(form, "gptq"), gram, each) for each in (None, outputs))
+        assert torch.equal(alone.codes, together.codes)
+
+
 # Codebooks ----------------------------------------------------------------------------------------------------
 
 

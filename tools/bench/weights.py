@@ -73,6 +73,7 @@ ROWS = (
     Row("GPTQ", _integer(PAPER), "nearest"),
     Row("OWQ", _integer(f"{PAPER}, columns=0.01"), "GPTQ"),
     Row("GuidedQuant", _integer(f"{PAPER}, objective='gradient'"), "GPTQ"),
+    Row("YAQA", _integer(f"{PAPER}, objective='fisher'"), "GPTQ"),
     Row("rotation + GPTQ", _rotated(PAPER), "GPTQ"),
     Row("RSQ", _rotated(f"{PAPER}, objective='attention'"), "rotation + GPTQ"),
     Row("codebook, nearest", _codebook("objective='plain', rounding='nearest'")),
@@ -83,6 +84,7 @@ ROWS = (
     Row("low rank 4 + GPTQ", _integer(f"{PAPER}, rank=4"), "GPTQ"),
     Row("GPTQ + drift", _integer("range='minmax', sweeps=0"), "GPTQ"),
     Row("GPTQ + drift + ranges + sweeps", _integer("sweeps=3"), "GPTQ"),
+    Row("all of that + fisher", _integer("sweeps=3, objective='fisher'"), "GPTQ"),
     Row("recipe w4, w3, w2", lambda bits: [f"w{bits}"], "GPTQ"),
 )
 

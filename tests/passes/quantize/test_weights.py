@@ -163,7 +163,12 @@ def small_decoder() -> Program:
     st.sampled_from([name for name, form in known_grids().items() if form.bits <= 8]),
     st.sampled_from([0, -1, 5, 64]),
     st.booleans(),
-    st.sampled_from([NEAREST, {}, {"rounding": "nearest"}, {"order": "group"}, {"sequential": False}, {"spill": True}]),
+    st.sampled_from(
+        [
+            NEAREST, {}, {"rounding": "nearest"}, {"order": "group"}, {"sequential": False}, {"spill": True},
+            {"objective": "attention"}, {"objective": "gradient"}, {"objective": "fisher"}, {"rounding": "adaround"},
+        ]
+    ),
     st.sampled_from([{}, {"columns": 0.1}, {"outliers": 0.01}, {"rank": 2}]),
 )
 def test_every_combination_runs_on_a_decoder(
@@ -184,6 +189,26 @@ def test_spilling_changes_nothing() -> None:
     kept = optimized(module, batches, QuantizeWeights(grid="int3", group_size=4))[1]
     spilled = optimized(module, batches, QuantizeWeights(grid="int3", group_size=4, spill=True))[1]
     assert all(torch.equal(kept.weights[name], spilled.weights[name]) for name in kept.weights)
+
+
+def test_the_loss_decides_where_it_is_asked() -> None:
+    """A loss that looks at one output alone: that output keeps more of its accuracy than with equal care for all."""
+    module = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
+    batches = rows(16)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        out: Tensor = model(*batch)[:, 3].square().sum()
+        return out
+
+    def noise_of_that(objective: str) -> float:
+        program = capture(module.eval(), batches[0])
+        context = Context(targets.EXACT, calibration=Batches(batches, program), loss=loss, strict=True)
+        each = QuantizeWeights(grid="int3", group_size=8, drift=False, objective=objective, only=("0",))  # type: ignore[arg-type]
+        after, _ = run_passes(program, [each], context)
+        return sum(float((after(*b) - program(*b))[:, 3].square().sum()) for b in batches)
+
+    # Only the first layer is rounded: its errors are free wherever the output that counts does not see them.
+    assert noise_of_that("fisher") < 0.5 * noise_of_that("gram")
 
 
 # What is shared -----------------------------------------------------------------------------------------------

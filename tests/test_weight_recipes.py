@@ -1,0 +1,48 @@
+"""The built-in recipes for weights: each runs from a name to a run directory, and writes what its numbers allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_decoder import Decoder
+from torch import Tensor, nn
+
+import graphopt
+
+BITS = {"w8": 8, "w4": 4, "w3": 3, "w2": 2, "w4a8": 4, "w4a4": 4, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
+IN_A_FILE = ("w8", "w4", "w3", "w2")
+
+
+def network() -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 9, 10),
+    )  # fmt: skip
+    return module.eval(), [(torch.randn(4, 3, 8, 8),) for _ in range(4)]
+
+
+def decoder() -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
+    torch.manual_seed(0)
+    return Decoder(width=32).eval(), [(torch.randint(11, (2, 6)),) for _ in range(4)]
+
+
+@pytest.mark.parametrize("make", [network, decoder])
+@pytest.mark.parametrize("name", BITS)
+def test_from_a_name_to_a_run_directory(name: str, make: object, tmp_path: Path) -> None:
+    module, batches = make()  # type: ignore[operator]
+    data = None if name == "w8" else batches
+    result = graphopt.optimize(module, batches[0], name, calibration=data, run_dir=tmp_path)
+    after = result.report.average_bits.after
+    assert after is not None
+    assert BITS[name] < after < BITS[name] + 6  # small matrices: biases and scales weigh much
+    result.save(tmp_path)
+    assert (tmp_path / "model.pt2").exists()
+    assert (tmp_path / "model.onnx").exists() == (name in IN_A_FILE)
+    loaded = graphopt.load(tmp_path)
+    torch.testing.assert_close(loaded(*batches[0]), result(*batches[0]))
+    signal = module(*batches[0]).square().sum()
+    error = (result(*batches[0]) - module(*batches[0])).square().sum()
+    assert float(error / signal) < (0.6 if BITS[name] == 2 else 0.1)
