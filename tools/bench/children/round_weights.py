@@ -9,10 +9,12 @@ compute with them, and in the result the bits of each weight beside its codes, s
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ def decoder(sizes: dict[str, Any], weights: dict[str, Tensor], folder: Path) -> 
     """Return the model with the given weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).float().eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = model.float().eval()
     model.config.save_pretrained(folder)  # llm-compressor wants to know where a model comes from
     model.config._name_or_path = model.name_or_path = str(folder)
     missing = model.load_state_dict(weights, strict=False)
@@ -51,7 +54,7 @@ def hqq(model: Any, tokens: Tensor, bits: int, group: int) -> float:
     return 32 / group
 
 
-def llmcompressor(model: Any, tokens: Tensor, bits: int, group: int, kind: str, symmetric: bool) -> float:
+def llmcompressor(model: Any, tokens: Tensor, bits: int, group: int, *, kind: str, symmetric: bool) -> float:
     """llm-compressor's GPTQ or AutoRound on all linears, layer after layer."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor import oneshot
@@ -74,12 +77,12 @@ def llmcompressor(model: Any, tokens: Tensor, bits: int, group: int, kind: str, 
     return (16 if symmetric else 16 + bits) / group
 
 
-METHODS = {
+METHODS: dict[str, Callable[[Any, Tensor, int, int], float]] = {
     "hqq": hqq,
-    "gptq": lambda *args: llmcompressor(*args, kind="gptq", symmetric=True),
-    "gptq_asymmetric": lambda *args: llmcompressor(*args, kind="gptq", symmetric=False),
-    "autoround": lambda *args: llmcompressor(*args, kind="autoround", symmetric=True),
-    "autoround_asymmetric": lambda *args: llmcompressor(*args, kind="autoround", symmetric=False),
+    "gptq": functools.partial(llmcompressor, kind="gptq", symmetric=True),
+    "gptq_asymmetric": functools.partial(llmcompressor, kind="gptq", symmetric=False),
+    "autoround": functools.partial(llmcompressor, kind="autoround", symmetric=True),
+    "autoround_asymmetric": functools.partial(llmcompressor, kind="autoround", symmetric=False),
 }
 
 
