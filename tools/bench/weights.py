@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What each published method of weight quantization gains over the plain choice, in one quantizer.
+"""What each published method of weight quantization gains over the plain choice, in one quantizer and beside peers.
 
     tools/bench/weights.py --list
     tools/bench/weights.py                                    every method, model and width; an hour
     tools/bench/weights.py --task language --bits 4 2         some of them
     tools/bench/weights.py --docs docs/weights.md             and write the tables of what was measured last
 
-Runs in the environment of tools/setup. Each row is a process of its own, whose time and peak memory are
+Runs in the environment of tools/setup, peers in their own, made on demand; they round the language models
+only, in groups of 64. Each row is a process of its own, whose time and peak memory are
 measured. All linears and convolutions are quantized in every row, embeddings in none; bits are those of the
 quantized weights with scales, zero points, tables and side information.
 """
@@ -20,6 +21,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from environments import ROOT
+from environments import ROOT, python_of
 
 RESULTS = ROOT / "runs" / "bench" / "weights.jsonl"
 TASKS = ("language", "language_outliers", "digits_cnn", "digits_vit")
@@ -89,11 +91,93 @@ ROWS = (
 )
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A method of children/round_weights.py, and the environment that it runs in."""
+
+    name: str
+    environment: str
+    method: str
+    plain: str = "nearest"
+
+
+PEERS = (
+    Peer("HQQ", "hqq", "hqq"),
+    Peer("llm-compressor GPTQ", "llmcompressor", "gptq"),
+    Peer("llm-compressor GPTQ, zero points", "llmcompressor", "gptq_asymmetric"),
+    Peer("llm-compressor AutoRound", "llmcompressor", "autoround"),
+    Peer("llm-compressor AutoRound, zero points", "llmcompressor", "autoround_asymmetric"),
+)
+GROUP_SIZE = 64
+
+
+LISTED: tuple[Row | Peer, ...] = (*ROWS, *PEERS)
+
+
+def measure_peer(task: str, environment: str, method: str, bits: int) -> dict[str, Any]:
+    """Return the figures of a peer: it rounds in a process of its own, and is judged here as every other row."""
+    from language.model import LanguageModel
+    from language.names import transformers_names, transformers_sizes
+    from safetensors.torch import load_file, save_file
+    from tasks import TASKS as KNOWN
+
+    material = KNOWN[task].make()
+    model = material.model
+    assert isinstance(model, LanguageModel)
+    reference = list(_logits(model, material.heldout))
+    names = transformers_names(model.shape)
+    given = {names[name]: value.detach().clone() for name, value in model.state_dict().items()}
+    given["calibration"] = _tokens(material.calibration)
+    with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
+        paths = {name: str(Path(folder) / name) for name in ("weights", "output", "result")}
+        save_file(given, paths["weights"])
+        job = Path(folder) / "job.json"
+        sizes = transformers_sizes(model.shape)
+        job.write_text(json.dumps({**paths, "sizes": sizes, "method": method, "bits": bits, "group_size": GROUP_SIZE}))
+        # -P: the children's own names would stand before the peer's modules.
+        script = Path(__file__).parent / "children" / "round_weights.py"
+        command: list[str | Path] = [python_of(environment), "-P", script, job]
+        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
+        made, result = load_file(paths["output"]), json.loads(Path(paths["result"]).read_text())
+    back = {theirs: ours for ours, theirs in names.items()}
+    model.load_state_dict({back[name]: value for name, value in made.items()}, strict=False)
+    figures = _judged(reference, model, material.heldout, language=True)
+    return figures | {
+        "bits": bits + result["bits_beside"], "seconds": result["seconds"], "peak_bytes": result["peak_bytes"],
+    }  # fmt: skip
+
+
+def _tokens(batches: list[Any]) -> Any:
+    import torch
+
+    return torch.cat([inputs[0] for inputs in batches])
+
+
+def _logits(model: Any, batches: list[Any]) -> Iterator[Any]:
+    """Yield the logarithms of the predictions, float64 [rows, classes]."""
+    import torch
+    from torch.nn import functional
+
+    for inputs in batches:
+        with torch.no_grad():
+            yield functional.log_softmax(model(*inputs).double(), -1).flatten(0, -2)
+
+
+def _judged(reference: list[Any], model: Any, batches: list[Any], language: bool) -> dict[str, Any]:
+    divergence = surprise = 0.0
+    count = following = 0
+    for inputs, expected, found in zip(batches, reference, _logits(model, batches), strict=True):
+        divergence += float((expected.exp() * (expected - found)).sum())
+        count += len(expected)
+        if language:
+            surprise -= float(found[:-1].gather(1, inputs[0].reshape(-1)[1:, None]).sum())
+            following += len(found) - 1
+    return {"kl": divergence / count, "bits_per_byte": surprise / following / math.log(2) if following else None}
+
+
 def measure(task: str, passes: list[str]) -> dict[str, Any]:
     """Return the figures of one row; runs in a process of its own."""
-    import torch
     from tasks import TASKS as KNOWN
-    from torch.nn import functional
 
     import graphopt
     from graphopt.analysis.cost import weight_bits
@@ -109,37 +193,28 @@ def measure(task: str, passes: list[str]) -> dict[str, Any]:
         material.model, material.example_inputs, recipe=recipe, calibration=material.calibration
     )
     seconds = time.perf_counter() - started
-    divergence = surprise = 0.0
-    count = following = 0
-    with torch.no_grad():
-        for inputs in material.heldout:
-            assert isinstance(inputs, tuple)
-            expected = functional.log_softmax(material.model(*inputs).double(), -1).flatten(0, -2)
-            found = functional.log_softmax(result(*inputs).double(), -1).flatten(0, -2)
-            divergence += float((expected.exp() * (expected - found)).sum())
-            count += len(expected)
-            if task.startswith("language"):
-                surprise -= float(found[:-1].gather(1, inputs[0].reshape(-1)[1:, None]).sum())
-                following += len(found) - 1
+    reference = list(_logits(material.model, material.heldout))
+    figures = _judged(reference, result, material.heldout, task.startswith("language"))
     assert result.original is not None
     original, program = result.original.weights, result.program
     kept = [n for n, w in program.weights.items() if w.is_floating_point() and n in original]
     untouched = sum(32 * program.weights[name].numel() for name in kept)
     quantized = sum(w.numel() for n, w in original.items() if n not in kept and w.dim() > 1)
-    return {
-        "kl": divergence / count,
-        "bits_per_byte": surprise / following / math.log(2) if following else None,
-        "bits": (weight_bits(program) - untouched) / quantized,
-        "seconds": seconds,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return figures | {
+        "bits": (weight_bits(program) - untouched) / quantized, "seconds": seconds, "peak_bytes": peak,
+    }  # fmt: skip
 
 
-def rows(names: list[str], widths: list[int]) -> Iterator[tuple[Row, int]]:
+def jobs(task: str, names: list[str], widths: list[int]) -> Iterator[tuple[str, int, list[Any]]]:
+    """Yield name, width and what the child is given, for every row of a task."""
     for bits in widths:
         for row in ROWS:
             if bits in row.widths and (not names or row.name in names):
-                yield row, bits
+                yield row.name, bits, [task, row.recipe(bits)]
+        for peer in PEERS if task.startswith("language") else ():
+            if not names or peer.name in names:
+                yield peer.name, bits, [task, peer.environment, peer.method, bits]
 
 
 def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
@@ -147,12 +222,11 @@ def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     for task in tasks:
-        for row, bits in rows(names, widths):
-            job = json.dumps([task, row.recipe(bits)])
-            command = [sys.executable, __file__, "--child", job]
+        for name, bits, job in jobs(task, names, widths):
+            command = [sys.executable, __file__, "--child", json.dumps(job)]
             child = subprocess.run(command, env=environment, capture_output=True, text=True)
             record: dict[str, Any] = {
-                "task": task, "method": row.name, "bits_wanted": bits, "recipe": row.recipe(bits),
+                "task": task, "method": name, "bits_wanted": bits, "job": job,
                 "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), "machine": machine.describe(),
             }  # fmt: skip
             if child.returncode:
@@ -163,7 +237,7 @@ def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
             with RESULTS.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             shown = record.get("figures") or record["error"]
-            print(f"{task} {bits} bits, {row.name}: {shown}", file=sys.stderr, flush=True)
+            print(f"{task} {bits} bits, {name}: {shown}", file=sys.stderr, flush=True)
 
 
 def tables() -> str:
@@ -185,7 +259,7 @@ def tables() -> str:
     ]
     for task in TASKS:
         for bits in WIDTHS:
-            found = {row.name: newest[task, bits, row.name] for row in ROWS if (task, bits, row.name) in newest}
+            found = {each.name: newest[task, bits, each.name] for each in LISTED if (task, bits, each.name) in newest}
             if found:
                 text += ["", f"## {task}, {bits} bits", "", *_table(found)]
     return "\n".join(text) + "\n"
@@ -195,7 +269,7 @@ def _table(found: dict[str, dict[str, Any]]) -> list[str]:
     language = any((each.get("figures") or {}).get("bits_per_byte") for each in found.values())
     heads = ["method", "over", "KL", "gain", *(["bits a byte"] if language else []), "bits", "seconds", "peak MB"]
     text = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
-    for row in ROWS:
+    for row in LISTED:
         if row.name not in found:
             continue
         figures = found[row.name].get("figures")
@@ -222,13 +296,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    known = [row.name for row in ROWS]
+    known = [row.name for row in LISTED]
     if unknown := [name for name in given.method if name not in known]:
         parser.error(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
     if given.child:
-        print(json.dumps(measure(*json.loads(given.child))))
+        job = json.loads(given.child)
+        print(json.dumps(measure(*job) if len(job) == 2 else measure_peer(*job)))
     elif given.list:
-        print("\n".join(f"{row.name:32} {'; '.join(row.recipe(row.widths[0]))}" for row in ROWS))
+        print("\n".join(f"{row.name:40} {'; '.join(row.recipe(row.widths[0]))}" for row in ROWS))
+        print("\n".join(f"{peer.name:40} {peer.environment}" for peer in PEERS))
     elif given.docs:
         if not RESULTS.exists():
             parser.error(f"nothing was measured yet: {RESULTS} is not there; run without --docs first")
