@@ -131,7 +131,7 @@ class Stream:
                 return self._program.weight(source)
             return lane[source.name] if source.name in lane else shared[source.name]
 
-        if not changed and (plain := _unquantized(node)) is not None:
+        if not changed and (plain := unquantized(node)) is not None:
             return value(plain)
         weight = arguments(node)["weight"] if changed and node in self._changed else None
 
@@ -172,7 +172,7 @@ class Stream:
 
     def _read(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node reads in either lane."""
-        plain = _unquantized(node) if self._exact else None
+        plain = unquantized(node) if self._exact else None
         return node.all_input_nodes if plain is None else [*node.all_input_nodes, plain]
 
 
@@ -189,14 +189,14 @@ def _fed_by(program: Program, sites: Collection[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "call_function" and (
-            node in sites or _unquantized(node) is not None or any(each in found for each in node.all_input_nodes)
+            node in sites or unquantized(node) is not None or any(each in found for each in node.all_input_nodes)
         ):
             found.add(node)
     return found
 
 
-def _unquantized(node: fx.Node) -> fx.Node | None:
-    """Return x for dequantize(quantize(x)), else None."""
+def unquantized(node: fx.Node) -> fx.Node | None:
+    """Return x for a node that is dequantize(quantize(x)), else None."""
     if operator(node) != "graphopt.dequantize":
         return None
     codes = arguments(node)["codes"]

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from graphopt.calibration.batches import EMPTY, Batches
+from graphopt.calibration.stream import unquantized
 from graphopt.errors import GraphoptError, described
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
@@ -35,14 +36,20 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class _Watch(fx.Interpreter):
-    """Runs a program and shows chosen calls with their arguments and results."""
+    """Runs a program and shows chosen calls with their arguments and results.
 
-    def __init__(self, program: Program, watched: Collection[fx.Node], show: Callable[..., Any]) -> None:
-        super().__init__(program.graph_module)
-        self._watched, self._show = set(watched), show
+    With `through`, dequantize(quantize(x)) is x: codes have no gradient.
+    """
+
+    def __init__(
+        self, program: Program, watched: Collection[fx.Node], show: Callable[..., Any], through: bool = False
+    ) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=not through)
+        self._watched, self._show, self._through = set(watched), show, through
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        plain = unquantized(n) if self._through else None
+        result = super().run_node(n) if plain is None else self.env[plain]
         if n in self._watched:
             return self._show(n, self.env, result)
         return result
@@ -191,7 +198,7 @@ def gradient_weights(
         written[node] = result
         return result
 
-    watch = _Watch(program, sites, show)
+    watch = _Watch(program, sites, show, through=True)
 
     def run(*flat: Any) -> None:
         written.clear()

@@ -123,7 +123,7 @@ class QuantizeWeights(LossyPass):
                 else:
                     weights.setdefault(arguments(node)["weight"], []).append(node)
         alike = {weight: sites for weight, sites in weights.items() if self._fits(weight, sites, rewriter)}
-        made = self._solved(program, alike, context)
+        made, without = self._solved(program, alike, context)
         costs = {}
         for weight, (quantized, cost) in made.items():
             self._write(weight, alike[weight], quantized, rewriter)
@@ -131,6 +131,8 @@ class QuantizeWeights(LossyPass):
         if self.embeddings:
             self._tables(program, rewriter)
         rewriter.note(relative_errors=costs)
+        if without:
+            rewriter.note(without_token_weights=without)
         if not made:
             rewriter.decline("program", "it has no weight to quantize")
         return rewriter.finish()
@@ -177,8 +179,11 @@ class QuantizeWeights(LossyPass):
 
     def _solved(
         self, program: Program, weights: Mapping[fx.Node, list[fx.Node]], context: Context
-    ) -> dict[fx.Node, tuple[Quantized, float]]:
-        """Return every weight quantized, with its relative error."""
+    ) -> tuple[dict[fx.Node, tuple[Quantized, float]], list[str]]:
+        """Return every weight quantized, with its relative error, and the sites whose tokens all count alike.
+
+        These are sites without an attention, or without gradients, where an objective asks for one.
+        """
         made: dict[fx.Node, tuple[Quantized, float]] = {}
         weight_of = {site: weight for weight, sites in weights.items() for site in sites}
         grams: dict[fx.Node, Gram] = {}
@@ -198,7 +203,7 @@ class QuantizeWeights(LossyPass):
         if self.objective == "plain":
             for weight in weights:
                 solve(weight, None)
-            return made
+            return made, []
         batches = context.needed_calibration(self.name)
         sites_of = {site: parts[weight] for site, weight in weight_of.items()}
         counts = self._token_weights(program, sites_of, outputs, context)
@@ -232,7 +237,9 @@ class QuantizeWeights(LossyPass):
 
         exact = self.sequential and self.drift
         Stream(program, list(weight_of), batches, context.progress, exact, self.spill).run(show, settle)
-        return made
+        weighted = {site for site, each in counts.items() if any(count is not None for count in each)}
+        without = [site.name for site in weight_of if site not in weighted and self.objective != "gram"]
+        return made, without
 
     def _parts_of(self, sites: list[fx.Node]) -> int:
         """Return in how many parts the output channels of a weight are solved."""

@@ -206,3 +206,23 @@ def test_what_the_loss_does_not_depend_on_has_no_weights() -> None:
     assert all(each == [None] for each in found.values())
     with pytest.raises(GraphoptError, match="loss must return a single number"):
         gradient_weights(program, {sites["q"]: 1}, Batches(data, program), Silent(), lambda m, b: m(*b))
+
+
+def test_gradients_pass_quantized_activations() -> None:
+    from graphopt.passes import QuantizeActivations
+    from graphopt.pipeline import Context, run_passes
+    from graphopt.target import Target
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    data = [(torch.randn(5, 4),)]
+    program = capture(module, data[0])
+    after, _ = run_passes(program, [QuantizeActivations()], Context(Target(name="none", backend="none")))
+    plain, quantized = (
+        gradient_weights(each, dict.fromkeys(linears(each).values(), 1), Batches(data, each), Silent())
+        for each in (program, after)
+    )
+    for before, behind in zip(plain.values(), quantized.values(), strict=True):
+        assert before[0] is not None
+        assert behind[0] is not None
+        torch.testing.assert_close(before[0], behind[0])
