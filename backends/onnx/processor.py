@@ -35,14 +35,14 @@ def multiplies_packed(packed: ir.DataType, channels: int, block: int, opset: int
 
     A kernel that reads several channels at a time may do so beyond the last (two bits a weight and a number of channels
     that four does not divide: what ONNX Runtime 1.31 then computes has nothing to do with the product). Tried at a
-    few channels and inputs, as many as leave the same remainders.
+    few channels, as many as leave the same remainder, and two blocks.
     """
     return _multiplies_packed(packed, channels if channels < 32 else 32 + channels % 32, block, opset)
 
 
 @functools.cache
 def _multiplies_packed(packed: ir.DataType, channels: int, block: int, opset: int) -> bool:
-    random, size = np.random.default_rng(0), min(block or 32, 256)
+    random, size = np.random.default_rng(0), block or 32
     inputs = 2 * size
     bits = packed.itemsize * 8
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if packed.name.startswith("INT") else (0, 2**bits)

@@ -6,6 +6,7 @@ a second reader finds the same batches.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -166,6 +167,23 @@ class _Head(Batches):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+@contextlib.contextmanager
+def running(batch: int) -> Iterator[None]:
+    """Turn what goes wrong while a program runs on a batch into one sentence that names it.
+
+    Raises GraphoptError; one that is raised within, and MemoryError, go through.
+    """
+    try:
+        yield
+    except (GraphoptError, MemoryError):
+        raise
+    except Exception as error:  # an index beyond a table, sizes of inputs that do not go together
+        raise GraphoptError(
+            f"the model does not run on calibration batch {batch} ({described(error)}); "
+            "give batches like the example inputs"
+        ) from error
 
 
 def check_source(source: Any) -> None:

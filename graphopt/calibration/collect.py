@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.calibration.batches import EMPTY, Batches
+from graphopt.calibration.batches import EMPTY, Batches, running
 from graphopt.calibration.observers import Histogram, Observer
-from graphopt.errors import GraphoptError, described
+from graphopt.errors import GraphoptError
 from graphopt.ir.program import Program
 from graphopt.memory import release_freed
 from graphopt.progress import Progress
@@ -41,15 +41,8 @@ def observe(
     count = 0
     with progress.stage("calibrate", len(batches)) as stage, torch.no_grad():
         for flat in batches:
-            try:
+            with running(count):
                 observed(*flat)
-            except (GraphoptError, MemoryError):
-                raise
-            except Exception as error:  # an index beyond a table, sizes of inputs that do not go together
-                raise GraphoptError(
-                    f"the model does not run on calibration batch {count} ({described(error)}); "
-                    "give batches like the example inputs"
-                ) from error
             count += 1
             if count % _TIDY == 0:
                 release_freed()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.calibration.batches import EMPTY, Batches
+from graphopt.calibration.batches import EMPTY, Batches, running
 from graphopt.errors import GraphoptError, described
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
@@ -109,7 +109,7 @@ class Stream:
     def _advance(self, index: int, level: int, lane: _Lane, other: _Lane) -> None:
         """Run what stage `level` runs, dropping each value after its last reader there."""
         steps, dropped = self._plan(level)
-        try:
+        with running(index):
             for node in steps:
                 lane[node.name] = self._call(node, lane, {}, changed=True)
                 if node in self._apart:
@@ -117,13 +117,6 @@ class Stream:
                 for name in dropped.get(node, ()):
                     lane.pop(name, None)
                     other.pop(name, None)
-        except (GraphoptError, MemoryError):
-            raise
-        except Exception as error:
-            raise GraphoptError(
-                f"the model does not run on calibration batch {index} ({described(error)}); "
-                "give batches like the example inputs"
-            ) from error
 
     def _call(self, node: fx.Node, lane: _Lane, shared: _Lane, changed: bool) -> Any:
         def value(source: fx.Node) -> Any:

@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from graphopt.calibration.batches import EMPTY, Batches
+from graphopt.calibration.batches import EMPTY, Batches, running
 from graphopt.calibration.stream import unquantized
-from graphopt.errors import GraphoptError, described
+from graphopt.errors import GraphoptError
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
 from graphopt.progress import Progress
@@ -61,9 +61,9 @@ class _Watch(fx.Interpreter):
 def attention_weights(
     program: Program, sites: Collection[fx.Node], batches: Batches, progress: Progress
 ) -> dict[fx.Node, list[Tensor | None]]:
-    """Return r^2 [tokens] of every batch for each site that has an attention; None where the batch's tokens differ.
+    """Return r^2 [tokens] of every batch for each site that has an attention: a token for each key, batch first.
 
-    Tokens are the rows of what the site reads, batch first. One reading of the data.
+    One reading of the data.
     """
     nearest = nearest_attention(program, sites)
     found: dict[fx.Node, list[Tensor]] = {}
@@ -286,15 +286,8 @@ def _read(name: str, run: Callable[..., Any], batches: Batches, progress: Progre
     count = 0
     with progress.stage(name, len(batches)) as stage:
         for flat in batches:
-            try:
+            with running(count):
                 run(*flat)
-            except (GraphoptError, MemoryError):
-                raise
-            except Exception as error:
-                raise GraphoptError(
-                    f"the model does not run on calibration batch {count} ({described(error)}); "
-                    "give batches like the example inputs"
-                ) from error
             count += 1
             stage.advance()
     if count == 0:

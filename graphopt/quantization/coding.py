@@ -114,10 +114,6 @@ class Coding:
         codes = self.grid.encode(rows, torch.ones((), dtype=rows.dtype), None, self.table.flatten(0, 1))
         return codes.reshape(weight.mT.shape)
 
-    def units(self, weight: Tensor) -> Tensor:
-        """Return values on the grid [P, K, R] over their scales."""
-        return weight / self.of()[0]
-
     def of(self, inputs: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point of the given inputs, [P, k, R], or [P, 1, R] where all share one."""
         if self.scale.shape[1] == 1:
@@ -202,8 +198,12 @@ def _parameters(low: Tensor, high: Tensor, form: Form) -> tuple[Tensor, Tensor |
     if not form.shifted:
         return stored_scale(_symmetric_scale(low, high, form), form), None
     scale = stored_scale((high - low) / (grid.code_max - grid.code_min), form)
-    zero = (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
-    return scale, zero
+    return scale, _zero_point(low, scale, grid)
+
+
+def _zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Return the code that comes nearest to making `low` the smallest value."""
+    return (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
 
 
 def _symmetric_scale(low: Tensor, high: Tensor, form: Form) -> Tensor:
@@ -282,4 +282,4 @@ def _loose(low: Tensor, high: Tensor, form: Form) -> tuple[Tensor, Tensor | None
         scale = torch.maximum(-low, high) / grid.ends[1]
         return (grid.storable(scale) if grid.scales_alone else scale.clamp(min=1e-30)), None
     scale = grid.storable((high - low) / (grid.code_max - grid.code_min))
-    return scale, (grid.code_min - low / scale).round().clamp(grid.code_min, grid.code_max)
+    return scale, _zero_point(low, scale, grid)

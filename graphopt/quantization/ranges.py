@@ -24,13 +24,13 @@ from torch import Tensor
 from graphopt.calibration.observers import Histogram
 from graphopt.errors import GraphoptError
 from graphopt.quantization.grids import Grid, IntegerGrid
+from graphopt.quantization.grids.base import SMALLEST_SCALE
 
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
 _Cost = Callable[[float, float], float]  # of a range, its ends given
 # Dense where the best clipping of bell-shaped data lies, sparse down to where only far outliers push it.
 _FRACTIONS = np.concatenate([np.linspace(1.0, 0.5, 26), np.geomspace(0.5, 0.02, 20)[1:]])
 _TURNS = 2
-_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 def choose_range(
@@ -83,7 +83,7 @@ def scale_and_zero_point(
         mirrored.low, mirrored.high = -largest, largest
         largest = choose_range(mirrored, grid, observer)[1]
     scale = float(np.float32(largest / grid.ends[1]))
-    return (scale, 0) if scale >= _SMALLEST_SCALE else (1.0, 0)
+    return (scale, 0) if scale >= SMALLEST_SCALE else (1.0, 0)
 
 
 def _rounding_error(seen: Histogram, grid: Grid, largest: float, fraction: float) -> float:
@@ -110,7 +110,7 @@ def _with_low(cost: _Cost, end: float, high: float, fraction: float) -> float:
 def affine(low: float, high: float, grid: IntegerGrid) -> tuple[float, int]:
     """Return (scale, zero point) of the asymmetric grid over [low, high], which holds zero; the scale is a float32."""
     scale = float(np.float32((high - low) / (grid.code_max - grid.code_min)))
-    if scale < _SMALLEST_SCALE:
+    if scale < SMALLEST_SCALE:
         return 1.0, grid.code_min if low == 0 else 0
     zero_point = round(grid.code_min - low / scale)
     return scale, min(max(zero_point, grid.code_min), grid.code_max)
@@ -125,7 +125,7 @@ def symmetric_scale(weight: Tensor, grid: IntegerGrid, axis: int) -> Tensor:
     largest = weight.to(torch.float64).abs()
     largest = largest.amax(dim=others) if others else largest
     scale = (largest / grid.code_max).to(torch.float32).to(torch.float64)
-    return torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
+    return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
 
 
 def _percentile(seen: Histogram, percentile: float, low: float, high: float) -> tuple[float, float]:

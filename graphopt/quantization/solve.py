@@ -167,10 +167,10 @@ def quantize_matrix(
     left = right = None
     if choices.rank:
         left, right = weight.new_zeros(parts, inputs, 1), weight.new_zeros(parts, 1, channels)
-    for turn in range(_TURNS if choices.rank else 1):
+    for _ in range(_TURNS if choices.rank else 1):
         rest = weight if left is None or right is None else weight - left @ right
         rounded, coding, kept, free = _quantized(rest, hessian, choices, gram is not None, outputs)
-        if choices.rank and turn < _TURNS:
+        if choices.rank:
             left, right = _low_rank(weight - rounded, hessian, choices.rank)
     codes = coding.codes(rounded)
     made = Quantized(codes, coding, torch.nonzero(kept).flatten(), weight.new_zeros(parts, int(kept.sum()), channels))

@@ -21,7 +21,7 @@ Lossy. Runs after what changes weights exactly, and after what quantizes activat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -124,13 +124,14 @@ class QuantizeWeights(LossyPass):
                     weights.setdefault(arguments(node)["weight"], []).append(node)
         alike = {weight: sites for weight, sites in weights.items() if self._fits(weight, sites, rewriter)}
         made, without = self._solved(program, alike, context)
-        costs = {}
+        costs, bits = {}, {}
         for weight, (quantized, cost) in made.items():
             self._write(weight, alike[weight], quantized, rewriter)
             costs[str(weight.target)] = cost
+            bits[str(weight.target)] = quantized.bits() / quantized.codes.numel()
         if self.embeddings:
             self._tables(program, rewriter)
-        rewriter.note(relative_errors=costs)
+        rewriter.note(relative_errors=costs, bits=bits)
         if without:
             rewriter.note(without_token_weights=without)
         if not made:
@@ -209,8 +210,9 @@ class QuantizeWeights(LossyPass):
         counts = self._token_weights(program, sites_of, outputs, context)
         # A weight that is read in several places is rounded before the first of them runs: inputs from the original.
         shared = [weight for weight, sites in weights.items() if len(sites) > 1]
+        observers: dict[fx.Node, _Inputs] = {}
+        weighted: set[fx.Node] = set()
         if shared:
-            observers: dict[fx.Node, _Inputs] = {}
             for weight in shared:
                 grams[weight] = _gram(program, weights[weight][0], parts[weight])
                 for site in weights[weight]:
@@ -222,7 +224,8 @@ class QuantizeWeights(LossyPass):
             weight = weight_of[site]
             if weight not in shared:
                 gram = grams.get(weight) or grams.setdefault(weight, _gram(program, site, parts[weight]))
-                update(gram, site, x, original if self.drift else None, _nth(counts.get(site, []), batch))
+                if update(gram, site, x, original if self.drift else None, _nth(counts.get(site, []), batch)):
+                    weighted.add(site)
 
         def settle(sites: list[fx.Node]) -> dict[fx.Node, Tensor]:
             values: dict[fx.Node, Tensor] = {}
@@ -237,7 +240,7 @@ class QuantizeWeights(LossyPass):
 
         exact = self.sequential and self.drift
         Stream(program, list(weight_of), batches, context.progress, exact, self.spill).run(show, settle)
-        weighted = {site for site, each in counts.items() if any(count is not None for count in each)}
+        weighted |= {site for shown in observers.values() for site in shown.weighted}
         without = [site.name for site in weight_of if site not in weighted and self.objective != "gram"]
         return made, without
 
@@ -419,8 +422,11 @@ def _gram(program: Program, site: fx.Node, parts: int) -> Gram:
     return Gram(matrix.shape[0], matrix.shape[1])
 
 
-def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None, counts: Tensor | None = None) -> None:
-    """Add what a site reads to its Gram matrix; `counts` [P, T] or [T] is what each token counts."""
+def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None, counts: Tensor | None = None) -> bool:
+    """Add what a site reads to its Gram matrix; `counts` [P, T] or [T] is what each token counts.
+
+    Returns whether they counted so: what a site reads may have other tokens than the attention is over.
+    """
     named = arguments(site)
     shape = tuple(named["weight"].meta["val"].shape)
     kwargs = {} if operator(site) == "linear" else named
@@ -428,8 +434,9 @@ def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None, counts
     rows = patches(x, shape, kwargs)
     weights = None if counts is None else counts.reshape(-1, counts.shape[-1])
     if weights is not None and weights.shape[-1] != rows.shape[1]:
-        weights = None  # tokens of another kind than those the attention is over
+        weights = None
     gram.update(rows, site.name, weights, before)
+    return weights is not None
 
 
 def to_matrix(weight: Tensor, site: fx.Node, parts: int = 1) -> Tensor:
@@ -469,10 +476,12 @@ class _Inputs:
 
     all: list[tuple[fx.Node, Gram, list[Tensor | None]]]
     batch: int = 0
+    weighted: set[fx.Node] = field(default_factory=set)
 
     def update(self, values: Tensor, name: str) -> None:
         for site, gram, counts in self.all:
-            update(gram, site, values, None, _nth(counts, self.batch))
+            if update(gram, site, values, None, _nth(counts, self.batch)):
+                self.weighted.add(site)
         self.batch += 1
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import records
 from environments import ROOT, python_of
 
 RESULTS = ROOT / "runs" / "bench" / "weights.jsonl"
@@ -226,16 +227,14 @@ def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
             command = [sys.executable, __file__, "--child", json.dumps(job)]
             child = subprocess.run(command, env=environment, capture_output=True, text=True)
             record: dict[str, Any] = {
-                "task": task, "method": name, "bits_wanted": bits, "job": job,
+                "schema": records.SCHEMA, "task": task, "method": name, "bits_wanted": bits, "job": job,
                 "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), "machine": machine.describe(),
             }  # fmt: skip
             if child.returncode:
                 record["error"] = child.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
             else:
                 record["figures"] = json.loads(child.stdout.strip().splitlines()[-1])
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            records.append(RESULTS, [record])
             shown = record.get("figures") or record["error"]
             print(f"{task} {bits} bits, {name}: {shown}", file=sys.stderr, flush=True)
 
@@ -243,8 +242,7 @@ def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
 def tables() -> str:
     """Return the tables of the newest record of each row."""
     newest: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for line in RESULTS.read_text().splitlines():
-        record = json.loads(line)
+    for record in records.read(RESULTS):
         newest[record["task"], record["bits_wanted"], record["method"]] = record
     if not newest:
         return ""

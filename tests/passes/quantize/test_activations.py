@@ -79,9 +79,11 @@ def test_equals_a_reference_block_by_block(options: dict[str, Any], block: int, 
     assert len(trace["quantize_activations"].touched) == 2
 
 
-@pytest.mark.parametrize("name", ["int8", "uint8", "e4m3", "e2m1", "nf4"])
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "entropy"])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("name", "symmetric"),  # half of the values would have no code on a symmetric uint8
+    [("int8", False), ("int8", True), ("uint8", False), ("e4m3", True), ("e2m1", True), ("nf4", True)],
+)
 def test_fixed_ranges(name: str, observer: str, symmetric: bool) -> None:
     module, batches = Two(), [(torch.randn(4, 70),) for _ in range(6)]
     each = QuantizeActivations(grid=name, granularity="tensor", static=True, observer=observer, symmetric=symmetric)  # type: ignore[arg-type]
@@ -89,8 +91,6 @@ def test_fixed_ranges(name: str, observer: str, symmetric: bool) -> None:
         with pytest.raises(GraphoptError, match="take mse"):
             optimized(module, batches, each)
         return
-    if name == "uint8" and symmetric:
-        return  # half of the values would have no code
     program, after, _ = optimized(module, batches, each)
     (x,) = batches[0]
     ratio = float((after(x) - program(x)).square().sum() / program(x).square().sum())

@@ -211,6 +211,16 @@ def test_the_loss_decides_where_it_is_asked() -> None:
     assert noise_of_that("fisher") < 0.5 * noise_of_that("gram")
 
 
+def test_the_trace_names_sites_whose_tokens_all_count_alike() -> None:
+    batches = rows(2)
+    _, _, trace = optimized(stack(16, 8), batches, QuantizeWeights(objective="attention", group_size=4))
+    assert trace["quantize_weights"].facts["without_token_weights"] == ["linear"]
+    _, _, trace = optimized(stack(16, 8), batches, QuantizeWeights(objective="fisher", group_size=4))
+    facts = trace["quantize_weights"].facts
+    assert "without_token_weights" not in facts
+    assert facts["bits"] == {"0.weight": 4 + (16 + 4) / 4}
+
+
 # What is shared -----------------------------------------------------------------------------------------------
 
 
