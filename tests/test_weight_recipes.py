@@ -47,3 +47,26 @@ def test_from_a_name_to_a_run_directory(name: str, make: object, tmp_path: Path)
         signal = module(*batches[0]).square().sum()
         error = (result(*batches[0]) - module(*batches[0])).square().sum()
     assert float(error / signal) < (0.6 if BITS[name] == 2 else 0.1)
+
+
+class Chosen(nn.Module):
+    """A classifier that gives labels: nothing has a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).relu()).argmax(-1)
+
+
+@pytest.mark.parametrize("name", ["w4", "w3", "w2", "w4a8"])
+def test_a_model_whose_outputs_are_labels(name: str) -> None:
+    module, batches = Chosen().eval(), [(torch.randn(16, 64),) for _ in range(4)]
+    result = graphopt.optimize(module, batches[0], name, calibration=batches)
+    record = result.trace["quantize_weights"]
+    assert record.facts["without_token_weights"] == ["linear", "linear_1"]
+    assert any("tune has nothing to learn" in site.reason for site in record.skipped)
+    agree = torch.cat([result(*batch) == module(*batch) for batch in batches]).float().mean()
+    assert agree > (0.7 if name == "w2" else 0.9)

@@ -33,10 +33,124 @@ from graphopt.progress import Progress
 
 Show = Callable[[fx.Node, Tensor, Tensor | None, int], None]  # site, input, input in the exact lane, batch
 Settle = Callable[[list[fx.Node]], Mapping[fx.Node, Tensor]]  # the sites of a level -> their new weights
-_Lane = dict[str, Any]
+Lane = dict[str, Any]
 
 
-class Stream:
+class Staged:
+    """A program that is run over the calibration data stage by stage; of each batch is kept what later stages read.
+
+    Args:
+        program: left as it is.
+        stages: of each call; what is not among them is never run. Placeholders are there from the start.
+        sites: calls whose weights may change, `changed` has the values by call.
+        batches: the calibration data, read once.
+        exact: whether there is a second lane, in which nothing is changed.
+        spill: whether to keep values between stages in files.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        stages: Mapping[fx.Node, int],
+        sites: Collection[fx.Node],
+        batches: Batches,
+        exact: bool,
+        spill: bool,
+    ) -> None:
+        self.program, self.stages, self.batches, self.exact = program, stages, batches, exact
+        self.changed: dict[fx.Node, Tensor] = {}
+        self.apart = _fed_by(program, set(sites)) if exact else set()
+        self.store = empty_store(spill)
+
+    def lanes(self, stage: int) -> Iterator[tuple[int, tuple[Lane, Lane]]]:
+        """Yield every batch's values: of the data at first, then what the stage before kept."""
+        if stage > 0:
+            for index in range(len(self.store)):
+                yield index, self.store.take(index)
+            return
+        count = 0
+        names = [node.name for node in self.program.placeholders]
+        for flat in self.batches:
+            yield count, (dict(zip(names, flat, strict=True)), {})
+            count += 1
+        if count == 0:
+            raise GraphoptError(EMPTY)
+
+    def keep(self, index: int, stage: int, lane: Lane, other: Lane) -> None:
+        """Keep what stages after `stage` read of a batch."""
+        kept = self.needed_after(stage)
+        self.store.put(index, _only(lane, kept), _only(other, kept))
+
+    @torch.no_grad()
+    def advance(self, index: int, stage: int, lane: Lane, other: Lane, shown: Collection[str] = ()) -> None:
+        """Run what stage `stage` runs, dropping each value after its last reader there, except those `shown`."""
+        steps, dropped = self._plan(stage, shown)
+        with running(index):
+            for node in steps:
+                lane[node.name] = self.call(node, lane, {}, self.changed)
+                if node in self.apart:
+                    other[node.name] = self.call(node, other, lane)
+                for name in dropped.get(node, ()):
+                    lane.pop(name, None)
+                    other.pop(name, None)
+
+    def call(self, node: fx.Node, lane: Lane, shared: Lane, changed: Mapping[fx.Node, Tensor] | None = None) -> Any:
+        """Return what `node` gives for the values of a lane and, where it has none, of `shared`.
+
+        `changed` has other weights for some sites; without it, dequantize(quantize(x)) is x.
+        """
+
+        def value(source: fx.Node) -> Any:
+            if source.op == "get_attr":
+                return self.program.weight(source)
+            return lane[source.name] if source.name in lane else shared[source.name]
+
+        if changed is None and (plain := unquantized(node)) is not None:
+            return value(plain)
+        weight = arguments(node)["weight"] if changed and node in changed else None
+
+        def given(source: fx.Node) -> Any:
+            return changed[node] if changed and source is weight else value(source)
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def steps(self, stage: int) -> list[fx.Node]:
+        return [node for node in self.program.graph.nodes if self.stages.get(node) == stage]
+
+    def _plan(self, stage: int, shown: Collection[str]) -> tuple[list[fx.Node], dict[fx.Node, list[str]]]:
+        steps, needed = self.steps(stage), self.needed_after(stage)
+        place = {node: index for index, node in enumerate(steps)}
+        readers_of: dict[fx.Node, list[int]] = {}
+        for node in steps:
+            for source in self._read(node):
+                readers_of.setdefault(source, []).append(place[node])
+        dropped: dict[fx.Node, list[str]] = {}
+        for source in self.program.graph.nodes:
+            readers = readers_of.get(source, [])
+            if readers and source.op != "get_attr" and source.name not in needed and source.name not in shown:
+                dropped.setdefault(steps[max(readers)], []).append(source.name)
+        return steps, dropped
+
+    def needed_after(self, stage: int) -> set[str]:
+        """Return the names of the values that stages after `stage` read."""
+        needed = set()
+        for node in self.program.graph.nodes:
+            if self.read_in(node) > stage:
+                needed |= {source.name for source in self._read(node) if source.op != "get_attr"}
+        return needed
+
+    def read_in(self, node: fx.Node) -> int:
+        """Return the stage in which a node reads its inputs; -1 where it never does."""
+        return self.stages.get(node, -1)
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node reads in either lane."""
+        plain = unquantized(node) if self.exact else None
+        return node.all_input_nodes if plain is None else [*node.all_input_nodes, plain]
+
+
+class Stream(Staged):
     """Runs `program` over `batches` for the sites given.
 
     Args:
@@ -57,120 +171,44 @@ class Stream:
         exact: bool = False,
         spill: bool = False,
     ) -> None:
-        self._program, self._batches, self._progress = program, batches, progress
-        self._sites = set(sites)
+        self._progress, self._sites = progress, set(sites)
         self._ordered = [node for node in program.graph.nodes if node in self._sites]
-        self._level = _levels(program, self._sites)
+        self._level = levels(program, self._sites)
         self._last = max((self._level[site] for site in self._sites), default=-1)
-        self._changed: dict[fx.Node, Tensor] = {}
-        self._exact = exact
-        self._apart = _fed_by(program, self._sites) if exact else set()
-        self._store = _Files() if spill else _Memory()
+        # A site waits for its change.
+        calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        stages = {node: self._level[node] + (node in self._sites) for node in calls}
+        reached = {node: stage for node, stage in stages.items() if stage <= self._last}
+        super().__init__(program, reached, sites, batches, exact, spill)
 
     def run(self, show: Show, settle: Settle) -> None:
         """Show the inputs of the sites and change them, level by level.
 
         Raises GraphoptError where there is no batch, or a batch does not run.
         """
-        if not self._sites:
-            return
         try:
             for level in range(self._last + 1):
                 ready = [site for site in self._ordered if self._level[site] == level]
-                with self._progress.stage(f"stage {level + 1} of {self._last + 1}", len(self._batches)) as stage:
-                    for index, (lane, other) in self._lanes(level):
-                        self._advance(index, level, lane, other)
+                shown = {arguments(site)["input"].name for site in ready}
+                with self._progress.stage(f"stage {level + 1} of {self._last + 1}", len(self.batches)) as stage:
+                    for index, (lane, other) in self.lanes(level):
+                        self.advance(index, level, lane, other, shown)
                         for site in ready:
                             name = arguments(site)["input"].name
-                            show(site, lane[name], other.get(name, lane[name]) if self._exact else None, index)
-                        kept = self._needed_after(level)
-                        self._store.put(index, _only(lane, kept), _only(other, kept))
+                            show(site, lane[name], other.get(name, lane[name]) if self.exact else None, index)
+                        self.keep(index, level, lane, other)
                         stage.advance()
                 release_freed()
-                self._changed.update(settle(ready))
+                self.changed.update(settle(ready))
         finally:
-            self._store.clear()
+            self.store.clear()
 
-    def _lanes(self, level: int) -> Iterator[tuple[int, tuple[_Lane, _Lane]]]:
-        """Yield every batch's values: of the data at first, then what the stage before kept."""
-        if level > 0:
-            for index in range(len(self._store)):
-                yield index, self._store.take(index)
-            return
-        count = 0
-        names = [node.name for node in self._program.placeholders]
-        for flat in self._batches:
-            yield count, (dict(zip(names, flat, strict=True)), {})
-            count += 1
-        if count == 0:
-            raise GraphoptError(EMPTY)
-
-    @torch.no_grad()
-    def _advance(self, index: int, level: int, lane: _Lane, other: _Lane) -> None:
-        """Run what stage `level` runs, dropping each value after its last reader there."""
-        steps, dropped = self._plan(level)
-        with running(index):
-            for node in steps:
-                lane[node.name] = self._call(node, lane, {}, changed=True)
-                if node in self._apart:
-                    other[node.name] = self._call(node, other, lane, changed=False)
-                for name in dropped.get(node, ()):
-                    lane.pop(name, None)
-                    other.pop(name, None)
-
-    def _call(self, node: fx.Node, lane: _Lane, shared: _Lane, changed: bool) -> Any:
-        def value(source: fx.Node) -> Any:
-            if source.op == "get_attr":
-                return self._program.weight(source)
-            return lane[source.name] if source.name in lane else shared[source.name]
-
-        if not changed and (plain := unquantized(node)) is not None:
-            return value(plain)
-        weight = arguments(node)["weight"] if changed and node in self._changed else None
-
-        def given(source: fx.Node) -> Any:
-            return self._changed[node] if source is weight else value(source)
-
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _plan(self, level: int) -> tuple[list[fx.Node], dict[fx.Node, list[str]]]:
-        steps = [node for node in self._program.graph.nodes if self._stage(node) == level]
-        needed, place = self._needed_after(level), {node: index for index, node in enumerate(steps)}
-        ready = {arguments(site)["input"].name for site in self._sites if self._level[site] == level}
-        readers_of: dict[fx.Node, list[int]] = {}
-        for node in steps:
-            for source in self._read(node):
-                readers_of.setdefault(source, []).append(place[node])
-        dropped: dict[fx.Node, list[str]] = {}
-        for source in self._program.graph.nodes:
-            readers = readers_of.get(source, [])
-            if readers and source.op != "get_attr" and source.name not in needed and source.name not in ready:
-                dropped.setdefault(steps[max(readers)], []).append(source.name)
-        return steps, dropped
-
-    def _stage(self, node: fx.Node) -> int:
-        """Return the stage that runs a node: a site waits for its change; -1 for what is not run at all."""
-        if node.op != "call_function":
-            return -1
-        stage = self._level[node] + (node in self._sites)
-        return stage if stage <= self._last else -1
-
-    def _needed_after(self, level: int) -> set[str]:
-        needed = set()
-        for node in self._program.graph.nodes:
-            if self._stage(node) > level or (node in self._sites and self._level[node] > level):
-                needed |= {source.name for source in self._read(node) if source.op != "get_attr"}
-        return needed
-
-    def _read(self, node: fx.Node) -> list[fx.Node]:
-        """Return what a node reads in either lane."""
-        plain = unquantized(node) if self._exact else None
-        return node.all_input_nodes if plain is None else [*node.all_input_nodes, plain]
+    def read_in(self, node: fx.Node) -> int:
+        return self._level[node] if node in self._sites and node not in self.stages else super().read_in(node)
 
 
-def _levels(program: Program, sites: Collection[fx.Node]) -> dict[fx.Node, int]:
-    """Return for each node how many sites, one after the other, stand before it."""
+def levels(program: Program, sites: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """Return for each node how many of `sites`, one after the other, stand before it."""
     level: dict[fx.Node, int] = {}
     for node in program.graph.nodes:
         level[node] = max((level[each] + (each in sites) for each in node.all_input_nodes), default=0)
@@ -196,23 +234,28 @@ def unquantized(node: fx.Node) -> fx.Node | None:
     return arguments(codes)["x"] if operator(codes) == "graphopt.quantize" else None
 
 
-def _only(lane: _Lane, names: set[str]) -> _Lane:
+def _only(lane: Lane, names: set[str]) -> Lane:
     return {name: value for name, value in lane.items() if name in names}
+
+
+def empty_store(spill: bool) -> _Memory:
+    """Return what keeps values by batch: memory, or files."""
+    return _Files() if spill else _Memory()
 
 
 class _Memory:
     """Values between two stages, in memory."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[_Lane, _Lane]] = {}
+        self._kept: dict[int, tuple[Lane, Lane]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, index: int, lane: _Lane, other: _Lane) -> None:
+    def put(self, index: int, lane: Lane, other: Lane) -> None:
         self._kept[index] = lane, other
 
-    def take(self, index: int) -> tuple[_Lane, _Lane]:
+    def take(self, index: int) -> tuple[Lane, Lane]:
         return self._kept[index]
 
     def clear(self) -> None:
@@ -230,7 +273,7 @@ class _Files(_Memory):
     def __len__(self) -> int:
         return self._count
 
-    def put(self, index: int, lane: _Lane, other: _Lane) -> None:
+    def put(self, index: int, lane: Lane, other: Lane) -> None:
         own = pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (lane, other))
         try:
             torch.save(own, self._path(index))
@@ -241,7 +284,7 @@ class _Files(_Memory):
             ) from error
         self._count = max(self._count, index + 1)
 
-    def take(self, index: int) -> tuple[_Lane, _Lane]:
+    def take(self, index: int) -> tuple[Lane, Lane]:
         lane, other = torch.load(self._path(index), weights_only=True)
         return lane, other
 

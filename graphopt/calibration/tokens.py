@@ -44,12 +44,18 @@ class _Watch(fx.Interpreter):
     def __init__(
         self, program: Program, watched: Collection[fx.Node], show: Callable[..., Any], through: bool = False
     ) -> None:
-        super().__init__(program.graph_module, garbage_collect_values=not through)
-        self._watched, self._show, self._through = set(watched), show, through
+        super().__init__(program.graph_module)
+        self._watched, self._show = set(watched), show
+        found = {node: unquantized(node) for node in program.graph.nodes} if through else {}
+        self._plain = {node: plain for node, plain in found.items() if plain is not None}
+        last = {value: user for user, values in self.user_to_last_uses.items() for value in values}
+        last.update((plain, node) for node, plain in self._plain.items() if last[plain] < node)
+        self.user_to_last_uses = {}
+        for value, user in last.items():
+            self.user_to_last_uses.setdefault(user, []).append(value)
 
     def run_node(self, n: fx.Node) -> Any:
-        plain = unquantized(n) if self._through else None
-        result = super().run_node(n) if plain is None else self.env[plain]
+        result = self.env[self._plain[n]] if n in self._plain else super().run_node(n)
         if n in self._watched:
             return self._show(n, self.env, result)
         return result
@@ -189,19 +195,27 @@ def gradient_weights(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[fx.Node, list[Tensor | None]] = {site: [] for site in sites}
-    written: dict[fx.Node, Tensor] = {}
+    batch = 0
 
     def show(node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
+        found[node] += [None] * (batch + 1 - len(found[node]))
+
+        def take(gradient: Tensor) -> None:
+            """Take what is wanted of a gradient as soon as it is there, so that none has to be kept."""
+            rows = _rows(gradient, node)
+            found[node][batch] = _by_part(rows, sites[node])
+            if outputs is not None:
+                outputs[node] = outputs.get(node, 0) + _second_moment(rows)
+
         if not result.requires_grad:
             result = result.requires_grad_()
-        result.retain_grad()
-        written[node] = result
+        result.register_hook(take)
         return result
 
     watch = _Watch(program, sites, show, through=True)
 
     def run(*flat: Any) -> None:
-        written.clear()
+        nonlocal batch
         with torch.enable_grad():
             if loss is not None:
                 args, kwargs = pytree.tree_unflatten(list(flat), program.signature.in_spec)
@@ -212,26 +226,28 @@ def gradient_weights(
                 raise GraphoptError("loss must return a single number as a tensor that gradients flow through")
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
-        for site, parts in sites.items():
-            gradient = written[site].grad if site in written else None
-            rows = None if gradient is None else _rows(gradient, site)
-            found[site].append(None if rows is None else _by_part(rows, parts))
-            if outputs is not None and rows is not None:
-                outputs[site] = outputs.get(site, 0) + rows.mT @ rows
+        batch += 1
 
     _read("gradients", run, batches, progress)
     return {site: _evened(each, site, outputs) for site, each in found.items()}
 
 
 def _rows(gradient: Tensor, site: fx.Node) -> Tensor:
-    """Return the gradient of each token, float64 [T, R]."""
+    """Return the gradient of each token, float32 or wider [T, R]."""
     rows = gradient if operator(site) == "linear" else gradient.movedim(1, -1)
-    return rows.reshape(-1, rows.shape[-1]).double()
+    return rows.reshape(-1, rows.shape[-1]).to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _by_part(rows: Tensor, parts: int) -> Tensor:
-    squared = rows.square()
+    squared = rows.double().square()
     return squared.reshape(len(squared), parts, -1).mean(-1).mT
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    """Return sum_t g_t g_t^T, float64 [R, R]; multiplied in float32 at a scale at which squares cannot vanish."""
+    scale = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)
+    unit = rows / scale
+    return (unit.mT @ unit).double() * scale.double() ** 2
 
 
 def _evened(

@@ -18,6 +18,7 @@ The range of a group, by `range`:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,45 @@ class Coding:
         values = self.grid.nearest(rows, torch.ones((), dtype=rows.dtype), None, self.table.flatten(0, 1))
         return values.reshape(weight.mT.shape).mT * scale
 
+    def by_input(self, inputs: slice) -> Callable[[int, Tensor], Tensor]:
+        """Return a function that gives the nearest values to row [P, R] of the i-th of `inputs`.
+
+        Rounding goes through inputs one after the other, with few channels at a time: what a row costs is the number of
+        operators that it takes, so that scales are looked up here, for all rows at once.
+        """
+        if self.table is not None:
+            return lambda i, row: self.nearest(row.unsqueeze(1), slice(inputs.start + i, inputs.start + i + 1))[:, 0]
+        scale, zero = self.of(inputs)
+        scales, zeros = scale.unbind(1), None if zero is None else zero.unbind(1)
+        grid, shared = self.grid, len(scales) == 1
+
+        def nearest(i: int, row: Tensor) -> Tensor:
+            at = 0 if shared else i
+            return grid.nearest(row, scales[at], None if zeros is None else zeros[at])
+
+        return nearest
+
+    def around(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values at or below and above each weight [P, K, R]; beyond an end both are the end."""
+        units, ladder = self._units(weight)
+        same = ladder.dim() == 1
+        above = torch.bucketize(units, ladder, right=True) if same else torch.searchsorted(ladder, units, right=True)
+        return self._on(above - 1, ladder), self._on(above, ladder)
+
+    def _units(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights [P, R, K] in steps of the grid, and its values ascending: [levels], or [P, R, levels]."""
+        scale, zero = self.of()
+        units = weight / scale if zero is None else weight / scale + zero
+        ladder = self.grid.ladder().to(weight.dtype) if self.table is None else self.table.contiguous()
+        return units.mT.contiguous(), ladder
+
+    def _on(self, place: Tensor, ladder: Tensor) -> Tensor:
+        """Return the weights [P, K, R] at places [P, R, K] on the ladder."""
+        scale, zero = self.of()
+        place = place.clamp(0, ladder.shape[-1] - 1)
+        units = (ladder[place] if ladder.dim() == 1 else ladder.gather(-1, place)).mT
+        return (units if zero is None else units - zero) * scale
+
     def codes(self, weight: Tensor) -> Tensor:
         """Return the codes of `weight` [P, K, R], channels first: [P, R, K]."""
         scale, zero = self.of()
@@ -150,13 +190,13 @@ def fit(weight: Tensor, form: Form, importance: Tensor | None = None) -> Coding:
     return Coding(form.grid, form.groups(inputs), scale, zero, table)
 
 
-def stored_scale(scale: Tensor, form: Form) -> Tensor:
-    """Return what of `scale` [P, n, R] the format, and float16 where that is asked for, can hold; all positive.
+def stored_scale(scale: Tensor, grid: Grid, half: bool = True) -> Tensor:
+    """Return what of `scale` [P, n, R] the format, or with `half` float16, can hold; all positive.
 
     Scales too small for float16 become its smallest good one where others are far coarser; else all stay float32.
     """
-    scale = form.grid.storable(scale).to(torch.float32).to(scale.dtype)
-    if not form.half_scales or form.grid.scale_bits or not scale.numel():
+    scale = grid.storable(scale).to(torch.float32).to(scale.dtype)
+    if not half or grid.scale_bits or not scale.numel():
         return scale
     real = scale[scale != 1]  # a group of zeros has the scale 1, which says nothing
     low, high = (float(end) for end in torch.aminmax(real)) if real.numel() else (1.0, 1.0)
@@ -196,8 +236,8 @@ def _parameters(low: Tensor, high: Tensor, form: Form) -> tuple[Tensor, Tensor |
     """Return scale and zero point for ranges low <= 0 <= high."""
     grid = form.grid
     if not form.shifted:
-        return stored_scale(_symmetric_scale(low, high, form), form), None
-    scale = stored_scale((high - low) / (grid.code_max - grid.code_min), form)
+        return stored_scale(_symmetric_scale(low, high, form), grid, form.half_scales), None
+    scale = stored_scale((high - low) / (grid.code_max - grid.code_min), grid, form.half_scales)
     return scale, _zero_point(low, scale, grid)
 
 
@@ -251,33 +291,29 @@ def _searched(blocks: Tensor, importance: Tensor, low: Tensor, high: Tensor, for
 
 def _search(blocks: Tensor, importance: Tensor, low: Tensor, high: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return the best ends [n, R] of blocks [n, g, R]: first as one fraction of both, then each by itself."""
+    several = (1, *((*_WIDER, *_FRACTIONS) if form.grid.scale_bits else _FRACTIONS))
+    fractions = blocks.new_tensor(several).reshape(-1, 1, 1)
+    together = max(_CHUNK // max(blocks.numel(), 1), 1)  # candidates tried at once
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         error = form.grid.nearest(blocks, *_loose(low, high, form)) - blocks
-        return error.square_().mul_(importance).sum(1)
+        return error.square_().mul_(importance).sum(-2)
 
-    best = cost(low, high)
-    best_low, best_high = low, high
     turns = [(True, True)] + ([(True, False), (False, True)] if form.shifted else [])
     for move_low, move_high in turns:
-        from_low, from_high = best_low, best_high
-        for fraction in (*_WIDER, *_FRACTIONS) if form.grid.scale_bits else _FRACTIONS:
-            new_low = from_low * fraction if move_low else best_low
-            new_high = from_high * fraction if move_high else best_high
-            found = cost(new_low, new_high)
-            better = found < best
-            best = torch.where(better, found, best)
-            if move_low:
-                best_low = torch.where(better, new_low, best_low)
-            if move_high:
-                best_high = torch.where(better, new_high, best_high)
-    return best_low, best_high
+        lows = low * fractions if move_low else low.expand(len(fractions), *low.shape)
+        highs = high * fractions if move_high else high.expand(len(fractions), *high.shape)
+        tried = [slice(first, first + together) for first in range(0, len(fractions), together)]
+        costs = torch.cat([cost(lows[each], highs[each]) for each in tried])
+        best = costs.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)  # the first of equals: ends as they are
+        low, high = lows.gather(0, best)[0], highs.gather(0, best)[0]
+    return low, high
 
 
 def _loose(low: Tensor, high: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
-    """Return scale and zero point [n, 1, R] of a candidate; only the final scale goes through float16."""
+    """Return scale and zero point [c, n, 1, R] of c candidates; only the final scale goes through float16."""
     grid = form.grid
-    low, high = low.unsqueeze(1), high.unsqueeze(1)
+    low, high = low.unsqueeze(-2), high.unsqueeze(-2)
     if not form.shifted:
         scale = torch.maximum(-low, high) / grid.ends[1]
         return (grid.storable(scale) if grid.scales_alone else scale.clamp(min=1e-30)), None

@@ -24,6 +24,7 @@ from torch import fx
 from graphopt.analysis.cost import size_hint
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program, is_tensor
+from graphopt.quantization.weights import unfit
 from graphopt.target import IntegerOperator, Target
 
 _SPLITS = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"}
@@ -154,10 +155,8 @@ class _Placer:
             if isinstance(part, fx.Node):
                 if part.op != "get_attr":
                     return f"its {name} is computed by {part.name}"
-                if not bool(self.program.weight(part).isfinite().all()):
-                    return f"its {name} {part.target} holds NaN or infinity"
-                if self.program.weight(part).numel() == 0:
-                    return f"its {name} {part.target} is empty"
+                if reason := unfit(self.program, part, f"its {name}"):
+                    return reason
         if isinstance(named.get("padding"), str):
             return "its padding is given by name"
         if operator(node) == "linear" and node.meta["val"].dim() < 2:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from graphopt.ir import dialect
 from graphopt.ir.printing import digest
+from graphopt.ir.program import Program
 from graphopt.ir.rewriter import Rewriter
 from graphopt.quantization.grids import IntegerGrid
 from graphopt.quantization.ranges import symmetric_scale
@@ -85,3 +86,11 @@ def dequantized(rewriter: Rewriter, weight: QuantizedWeight, axis: int, grid: In
         grid.name,
         before=reader,
     )
+
+
+def unfit(program: Program, weight: fx.Node, what: str) -> str:
+    """Return why a weight has no codes, for a message that calls it `what`; nothing where it has."""
+    value = program.weight(weight)
+    if value.numel() == 0:
+        return f"{what} {weight.target} is empty"
+    return "" if bool(value.isfinite().all()) else f"{what} {weight.target} holds NaN or infinity"

@@ -15,10 +15,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
+from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import integer_grid
-from graphopt.quantization.weights import pair_scale, quantize_weight
+from graphopt.quantization.weights import pair_scale, quantize_weight, unfit
+from graphopt.quantization.writing import look_up
 
 
 @dataclass(frozen=True)
@@ -41,25 +42,16 @@ class QuantizeEmbedding(LossyPass):
 
     def _quantize(self, node: fx.Node, table: fx.Node, rewriter: Rewriter, context: Context) -> None:
         rows = integer_grid(context.target.weight_format)
-        named = arguments(node)
         dtype = node.meta["val"].dtype
         # A head tied to the table reads the same codes, so they are made to suit both.
         heads = [user for user in table.users if operator(user) == "linear" and arguments(user)["weight"] is table]
         least_scale = pair_scale(rewriter.value(table), heads[0], rows, context.target) if heads else None
         weight = quantize_weight(rewriter, table, rows, 0, least_scale)
         column = rewriter.weight(weight.scales[:, None], f"{table.target}_row_scale", dtype)
-        codes = rewriter.insert(node.target, weight.codes, named["indices"], before=node)
-        scale = rewriter.insert(node.target, column, named["indices"], before=node)
-        value = rewriter.insert(dialect.dequantize, codes, scale, None, None, -1, -1, rows.name, before=node)
-        rewriter.replace(node, value)
-        rewriter.touch(node, f"table {table.target} as {rows.name} by row")
+        look_up(node, [weight.codes, column, None], 0, rows.name, rewriter)
 
 
 def _unfit(program: Program, table: fx.Node) -> str:
     if not isinstance(table, fx.Node) or table.op != "get_attr" or not is_floating(table):
         return "its table is not a floating-point weight"
-    if program.weight(table).numel() == 0:
-        return f"its table {table.target} is empty"
-    if not bool(program.weight(table).isfinite().all()):
-        return f"its table {table.target} holds NaN or infinity"
-    return ""
+    return unfit(program, table, "its table")

@@ -12,6 +12,8 @@ The inputs stay in floating point. How a weight is rounded is a choice from each
                 gradients too, and output channels weighed against each other by how their errors add up in the loss
     sequential  a layer's inputs are those that the quantized layers before it give, stage by stage
     drift       and its target is what the original layer gives for the original inputs
+    tune        scales and tables are learned by gradient when all is rounded, for what each block gives or for what the
+                whole model gives (`graphopt.quantization.tuning`)
 
 A weight that several operators read is rounded once, for the inputs of all of them.
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,14 +34,17 @@ from graphopt.calibration import observe
 from graphopt.calibration.stream import Stream
 from graphopt.calibration.tokens import attention_weights, gradient_weights
 from graphopt.errors import GraphoptError
-from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, is_floating, operator
-from graphopt.ir.arguments import positional
+from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating, operator
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.coding import Form, WeightRange
 from graphopt.quantization.grids import grid
-from graphopt.quantization.objectives import Gram, patches
+from graphopt.quantization.matrices import from_matrix, patches, to_matrix
+from graphopt.quantization.objectives import Gram
 from graphopt.quantization.rounding.gptq import Order
 from graphopt.quantization.solve import Choices, Quantized, Rounding, quantize_matrix, relative_error
+from graphopt.quantization.tuning import Tuner
+from graphopt.quantization.weights import unfit
+from graphopt.quantization.writing import look_up, put_codes, stored_parts
 
 aten = torch.ops.aten
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -71,6 +76,7 @@ class QuantizeWeights(LossyPass):
         embeddings: the grid of embedding tables, a scale a row, and of linears that are tied to one; empty: tables
             stay, and so do these linears.
         spill: keep activations in files between stages.
+        tune: none, blocks or model, see above; tune_steps: of Adam, for each block or for all.
     """
 
     quantizes: ClassVar[bool] = True
@@ -95,6 +101,8 @@ class QuantizeWeights(LossyPass):
     parts: Annotated[int, Field(ge=1)] = 4
     embeddings: str = ""
     spill: bool = False
+    tune: Literal["none", "blocks", "model"] = "none"
+    tune_steps: Annotated[int, Field(ge=1)] = 100
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,9 +132,11 @@ class QuantizeWeights(LossyPass):
                     weights.setdefault(arguments(node)["weight"], []).append(node)
         alike = {weight: sites for weight, sites in weights.items() if self._fits(weight, sites, rewriter)}
         made, without = self._solved(program, alike, context)
+        if self.tune != "none" and made:
+            made = self._tuned(program, alike, made, context, rewriter)
         costs, bits = {}, {}
         for weight, (quantized, cost) in made.items():
-            self._write(weight, alike[weight], quantized, rewriter)
+            put_codes(weight, alike[weight], quantized, rewriter)
             costs[str(weight.target)] = cost
             bits[str(weight.target)] = quantized.bits() / quantized.codes.numel()
         if self.embeddings:
@@ -262,81 +272,31 @@ class QuantizeWeights(LossyPass):
         if self.objective == "attention":
             return attention_weights(program, sites, batches, context.progress)
         if self.objective in ("gradient", "fisher"):
+            if context.loss is None and not any(is_floating(each) for each in program.outputs):
+                return {}  # nothing has a gradient: all tokens count alike, as the trace says of every site
             wanted = outputs if self.objective == "fisher" else None
             return gradient_weights(program, sites, batches, context.progress, context.loss, context.seed, wanted)
         return {}
 
-    # Writing ------------------------------------------------------------------------------------------------------
+    def _tuned(
+        self,
+        program: Program,
+        weights: Mapping[fx.Node, list[fx.Node]],
+        made: Mapping[fx.Node, tuple[Quantized, float]],
+        context: Context,
+        rewriter: Rewriter,
+    ) -> dict[fx.Node, tuple[Quantized, float]]:
+        """Return the weights with learned scales; the errors stay those of rounding."""
+        rounded = {weight: quantized for weight, (quantized, _) in made.items()}
+        whole = self.tune == "model"
+        tuner = Tuner(program, weights, rounded, context.progress, whole, self.tune_steps, context.seed)
+        tuner.run(context.needed_calibration(self.name), self.spill)
+        rewriter.note(tuned=tuner.gains)
+        if not tuner.gains:
+            rewriter.decline("program", "tune has nothing to learn: no output is floating, or scales are not free")
+        return {weight: (tuner.made[weight], cost) for weight, (_, cost) in made.items()}
 
-    def _write(self, weight: fx.Node, sites: list[fx.Node], made: Quantized, rewriter: Rewriter) -> None:
-        """Put the codes in the place of a weight, and its side information behind its readers."""
-        shape = list(rewriter.program.weight(weight).shape)
-        parts, axis, group = self._parts(weight, made, rewriter)
-        name = made.coding.grid.name
-        for site in sites:
-            value = rewriter.insert(dialect.dequantize, *parts, axis, group, name, before=site)
-            if group and len(shape) > 2:
-                value = rewriter.insert(aten.view.default, value, shape, before=site, origin=[site])
-            if made.outliers is not None:
-                value = _with_outliers(value, weight, made, shape, site, rewriter)
-            rewriter.rewire(site, weight=value)
-            where = f" in groups of {group}" if group > 0 else ""
-            rewriter.touch(site, f"{operator(site)} on {name}{where}{_besides(made)}")
-            self._correct(site, weight, made, rewriter)
-        for node in [user for user in weight.users if operator(user) == "embedding"]:
-            _look_up(node, parts, group, name, rewriter)
-
-    def _parts(self, weight: fx.Node, made: Quantized, rewriter: Rewriter) -> tuple[list[fx.Node | None], int, int]:
-        """Return codes, scale, zero point and table as weights of the program, and their axis and group size."""
-        name, original = str(weight.target), rewriter.program.weight(weight)
-        storage = made.coding.grid.storage
-        codes, scale, zero, axis, group = stored(made, list(original.shape))
-        table = made.coding.table
-        parts: list[fx.Node | None] = [
-            rewriter.weight(codes, name, storage, weight),
-            rewriter.weight(scale, f"{name}_scale", original.dtype),
-            None if zero is None else rewriter.weight(zero, f"{name}_zero_point", storage),
-            None if table is None else rewriter.weight(table.flatten(0, 1), f"{name}_table", original.dtype),
-        ]
-        return parts, axis, group
-
-    def _correct(self, site: fx.Node, weight: fx.Node, made: Quantized, rewriter: Rewriter) -> None:
-        """Add what the inputs that are kept, and the correction of low rank, give to an operator's output."""
-        if not len(made.columns) and made.left is None:
-            return
-        named, name = arguments(site), str(weight.target)
-        source, total, behind = named["input"], site, site.next
-
-        def half(value: Tensor, what: str) -> fx.Node:
-            """A weight in float16, widened where it is read."""
-            key = f"{what} of {self.name}"
-            stored = rewriter.once(weight, key, lambda: rewriter.weight(value, f"{name}_{what}", torch.float16))
-            dtype = site.meta["val"].dtype
-            return rewriter.insert(aten._to_copy.default, stored, before=behind, origin=[site], dtype=dtype)
-
-        def call(target: Any, *args: Any) -> fx.Node:
-            return rewriter.insert(target, *args, before=behind, origin=[site])
-
-        added: list[fx.Node] = []
-        if len(made.columns):
-            which = rewriter.once(
-                weight, "columns", lambda: rewriter.weight(made.columns, f"{name}_columns", torch.int32)
-            )
-            kept = call(aten.index_select.default, source, source.meta["val"].dim() - 1, which)
-            added.append(call(aten.linear.default, kept, half(made.column_values.mT.flatten(0, 1), "column_values")))
-        if made.left is not None and made.right is not None:
-            down, up = half(_kernel(made.left[0].mT, weight), "down"), half(made.right[0].mT, "up")
-            if operator(site) == "linear":
-                added.append(call(aten.linear.default, call(aten.linear.default, source, down), up))
-            else:
-                ones = [1] * (named["weight"].meta["val"].dim() - 2)
-                args, kwargs = positional(site, {"weight": down, "bias": None})
-                inner = rewriter.insert(site.target, *args, before=behind, origin=[site], **kwargs)
-                wide = call(aten.view.default, up, [*made.right[0].mT.shape, *ones])
-                added.append(call(site.target, inner, wide))
-        for each in added:
-            total = call(aten.add.Tensor, total, each)
-        rewriter.replace(site, total)
+    # Embedding tables ---------------------------------------------------------------------------------------------
 
     def _tables(self, program: Program, rewriter: Rewriter) -> None:
         """Quantize the tables of embeddings that no linear shares."""
@@ -354,67 +314,10 @@ class QuantizeWeights(LossyPass):
 
             def make(table: fx.Node = table) -> tuple[list[fx.Node | None], int, int]:
                 matrix = program.weight(table).detach().mT[None]
-                return self._parts(table, quantize_matrix(matrix, choices), rewriter)
+                return stored_parts(table, quantize_matrix(matrix, choices), rewriter)
 
             parts, _, group = rewriter.once(table, f"table on {form.name}", make)
-            _look_up(node, parts, group, form.name, rewriter)
-
-
-def _kernel(matrix: Tensor, weight: fx.Node) -> Tensor:
-    """Return the first factor [r, K] in the shape of a weight of r channels."""
-    return matrix.reshape(len(matrix), *weight.meta["val"].shape[1:])
-
-
-def _with_outliers(
-    value: fx.Node, weight: fx.Node, made: Quantized, shape: list[int], site: fx.Node, rewriter: Rewriter
-) -> fx.Node:
-    """Add single weights to dequantized ones: scatter_add at their flat places."""
-    assert made.outliers is not None
-    flat = made.outliers.mT.reshape(-1)
-    (places,) = torch.nonzero(flat, as_tuple=True)
-    name, dtype = str(weight.target), value.meta["val"].dtype
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return rewriter.insert(target, *args, before=site, origin=[site], **kwargs)
-
-    where = rewriter.once(weight, "places", lambda: rewriter.weight(places, f"{name}_places", torch.int32))
-    what = rewriter.once(weight, "outliers", lambda: rewriter.weight(flat[places], f"{name}_outliers", torch.float16))
-    index = call(aten._to_copy.default, where, dtype=torch.int64)
-    source = call(aten._to_copy.default, what, dtype=dtype)
-    added = call(aten.scatter_add.default, call(aten.view.default, value, [-1]), 0, index, source)
-    return call(aten.view.default, added, shape)
-
-
-def _besides(made: Quantized) -> str:
-    """Return what besides codes there is, for a message."""
-    found = []
-    if len(made.columns):
-        found.append(f"{len(made.columns)} inputs in float16")
-    if made.outliers is not None:
-        found.append(f"{int((made.outliers != 0).sum())} weights in float16")
-    if made.left is not None:
-        found.append(f"a correction of rank {made.left.shape[-1]}")
-    return "".join(f", {each}" for each in found)
-
-
-def _look_up(node: fx.Node, parts: list[fx.Node | None], group: int, name: str, rewriter: Rewriter) -> None:
-    """Make an embedding look up codes, scales and zero points: dequantized is what was looked up."""
-    named = arguments(node)
-    indices = named["indices"]
-    columns: list[fx.Node | None] = []
-    for part in parts[:3]:
-        if part is None or part.meta["val"].dim() == 0:
-            columns.append(part)
-            continue
-        source = part
-        if part is not parts[0] and part.meta["val"].dim() == 1:
-            source = rewriter.insert(aten.unsqueeze.default, part, -1, before=node)
-        columns.append(rewriter.insert(node.target, source, indices, before=node))
-    whole = parts[1] is not None and parts[1].meta["val"].dim() == 0
-    where = (0, 0) if whole else (-1, group or -1)
-    value = rewriter.insert(dialect.dequantize, *columns, None, *where, name, before=node)
-    rewriter.replace(node, value)
-    rewriter.touch(node, f"table on {name} by row" + (f" in groups of {group}" if group else ""))
+            look_up(node, parts, group, form.name, rewriter)
 
 
 def _gram(program: Program, site: fx.Node, parts: int) -> Gram:
@@ -437,37 +340,6 @@ def update(gram: Gram, site: fx.Node, x: Tensor, original: Tensor | None, counts
         weights = None
     gram.update(rows, site.name, weights, before)
     return weights is not None
-
-
-def to_matrix(weight: Tensor, site: fx.Node, parts: int = 1) -> Tensor:
-    """Return a weight [R, ...] as [P, K, R / P]: P the groups of a convolution, or `parts` where it has none."""
-    groups = max(int(arguments(site).get("groups", 1)), parts)
-    return weight.flatten(1).reshape(groups, weight.shape[0] // groups, -1).mT.contiguous()
-
-
-def from_matrix(matrix: Tensor, like: Tensor) -> Tensor:
-    """Return [P, K, R / P] in the shape and dtype of a weight."""
-    return matrix.mT.reshape(like.shape).to(like.dtype)
-
-
-def stored(made: Quantized, shape: list[int]) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    """Return codes, scale, zero point, axis and group size as the dialect takes them.
-
-    Codes have the shape of the weight, unless groups run through several of its axes: then [R, K].
-    """
-    coding, (parts, channels, inputs) = made.coding, made.codes.shape
-    rows, count = parts * channels, coding.scale.shape[1]
-    codes = made.codes.reshape(rows, inputs)
-    scale = coding.scale.mT.reshape(rows, count)
-    zero = None if coding.zero_point is None else coding.zero_point.mT.reshape(rows, count).to(coding.grid.storage)
-    group = int((coding.groups == 0).sum()) if count > 1 else 0
-    if coding.grid.block:
-        group = coding.grid.block
-    if made.single_scale:
-        return codes.reshape(shape), scale[0, 0], None if zero is None else zero[0, 0], 0, 0
-    if not group:
-        return codes.reshape(shape), scale[:, 0], None if zero is None else zero[:, 0], 0, 0
-    return codes, scale, zero, 1, group
 
 
 @dataclass(eq=False)
@@ -500,9 +372,6 @@ def _unfit(program: Program, node: fx.Node) -> str:
     weight = arguments(node)["weight"]
     if weight.op != "get_attr" or not is_floating(weight):
         return "its weight is computed, or quantized already"
-    value = program.weight(weight)
-    if value.dim() < 2 or value.numel() == 0:
-        return f"its weight {weight.target} is no matrix" if value.numel() else f"its weight {weight.target} is empty"
-    if not bool(value.isfinite().all()):
-        return f"its weight {weight.target} holds NaN or infinity"
-    return ""
+    if reason := unfit(program, weight, "its weight"):
+        return reason
+    return "" if program.weight(weight).dim() > 1 else f"its weight {weight.target} is no matrix"

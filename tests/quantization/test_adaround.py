@@ -14,7 +14,7 @@ from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, fit
 from graphopt.quantization.grids import grid, known_grids
 from graphopt.quantization.objectives import damped
-from graphopt.quantization.rounding.adaround import learned_rounding, neighbours
+from graphopt.quantization.rounding.adaround import learned_rounding
 from graphopt.quantization.rounding.descent import objective
 
 
@@ -45,7 +45,7 @@ def coding_of(weight: Tensor, name: str, group: int, symmetric: bool) -> Coding:
 def test_neighbours_are_values_of_the_grid_around_the_weight(name: str, group: int, symmetric: bool, seed: int) -> None:
     weight, _ = drawn(7, 4, seed)
     coding = coding_of(weight, name, group, symmetric)
-    lower, upper = neighbours(weight, coding)
+    lower, upper = coding.around(weight)
     for each in (lower, upper):
         torch.testing.assert_close(coding.nearest(each), each, rtol=1e-9, atol=1e-12)
     nearest = coding.nearest(weight)
@@ -63,7 +63,7 @@ def test_between_the_nearest_and_the_best_way_up_or_down(name: str) -> None:
     for seed in range(6):
         weight, hessian = drawn(8, 1, seed)
         coding = coding_of(weight, name, 0, True)
-        lower, upper = neighbours(weight, coding)
+        lower, upper = coding.around(weight)
         ways = torch.tensor(list(itertools.product([0.0, 1.0], repeat=8)), dtype=torch.float64)
         every = (lower + ways.T.unsqueeze(0) * (upper - lower)).expand(1, 8, -1)
         best = float(objective(weight.expand(1, 8, every.shape[2]), every, hessian).min())

@@ -15,7 +15,8 @@ from graphopt.errors import GraphoptError
 from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, WeightRange, fit
 from graphopt.quantization.grids import grid, known_grids
-from graphopt.quantization.objectives import Gram, damped, patches
+from graphopt.quantization.matrices import patches
+from graphopt.quantization.objectives import Gram, damped
 from graphopt.quantization.rounding import (
     descend,
     objective,

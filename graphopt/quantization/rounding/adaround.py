@@ -27,7 +27,7 @@ _RATE = 1e-2
 
 def learned_rounding(weight: Tensor, gram: Tensor, coding: Coding, steps: int = 500) -> Tensor:
     """Return Q [P, K, R] for W [P, K, R] and H [P, K, K], each weight one of its two neighbours on the grid."""
-    lower, upper = neighbours(weight, coding)
+    lower, upper = coding.around(weight)
     gap = upper - lower
     share = torch.where(gap > 0, (weight - lower) / gap.clamp(min=1e-30), 0.0).clamp(0.01, 0.99)
     variable = torch.logit((share + 0.1) / 1.2).requires_grad_()
@@ -50,22 +50,3 @@ def learned_rounding(weight: Tensor, gram: Tensor, coding: Coding, steps: int = 
     rounded = torch.where(variable.detach() >= 0, upper, lower)
     better = objective(weight, rounded, gram) < objective(weight, nearest, gram)
     return torch.where(better.unsqueeze(1), rounded, nearest)
-
-
-def neighbours(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
-    """Return the values of the grid at or below and above each weight; beyond an end both are the end."""
-    scale, zero = coding.of()
-    units = weight / scale if zero is None else weight / scale + zero
-    if coding.table is None:
-        ladder = coding.grid.ladder().to(weight.dtype)
-        place = torch.bucketize(units.contiguous(), ladder, right=True)
-        last = len(ladder) - 1
-        below, above = (ladder[(place + step).clamp(0, last)] for step in (-1, 0))
-    else:
-        rows = units.mT.contiguous()  # [P, R, K], a ladder for each [P, R]
-        place = torch.searchsorted(coding.table.contiguous(), rows, right=True)
-        last = coding.table.shape[-1] - 1
-        below, above = (coding.table.gather(-1, (place + step).clamp(0, last)).mT for step in (-1, 0))
-    if zero is not None:
-        below, above = below - zero, above - zero
-    return below * scale, above * scale

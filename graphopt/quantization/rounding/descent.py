@@ -40,29 +40,22 @@ def descend(
     gram = gram.to(weight.dtype)
     rounded = rounded.clone()
     inputs = weight.shape[1]
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     error = weight - rounded
     for first in range(0, inputs, _BLOCK):
         here = slice(first, min(first + _BLOCK, inputs))
-        pull = gram[:, here] @ error  # (H e) of the block, kept up to date within it
-        inner, scales, zeros = gram[:, here, here], *coding.of(here)
-        for i in range(pull.shape[1]):
-            one, k = slice(i, i + 1), slice(first + i, first + i + 1)
-            before = rounded[:, k]
-            wanted = before + pull[:, one] / diagonal[:, k, None]
-            if kept is not None and bool(kept[first + i]):
-                value = wanted
-            elif coding.table is not None:
-                value = coding.nearest(wanted, k)
-            else:
-                at = one if scales.shape[1] > 1 else slice(0, 1)
-                value = coding.grid.nearest(wanted, scales[:, at], None if zeros is None else zeros[:, at])
+        pull, inner = gram[:, here] @ error, gram[:, here, here]  # H e as it was before this block
+        nearest = coding.by_input(here)
+        moved = torch.zeros_like(pull)
+        for i, (before, slope) in enumerate(zip(rounded[:, here].unbind(1), diagonal[:, here].unbind(1), strict=True)):
+            now = torch.baddbmm(pull[:, i : i + 1], inner[:, i : i + 1, :i], moved[:, :i])[:, 0]
+            wanted = torch.addcdiv(before, now, slope)
+            value = wanted if kept is not None and bool(kept[first + i]) else nearest(i, wanted)
             if free is not None:
-                value = torch.where(free[:, k], wanted, value)
-            step = before - value
-            rounded[:, k] = value
-            error[:, k] += step
-            pull += inner[:, :, one] @ step
+                value = torch.where(free[:, first + i], wanted, value)
+            torch.sub(before, value, out=moved[:, i])
+            before.copy_(value)
+        error[:, here] += moved
     return rounded
 
 
@@ -98,7 +91,7 @@ def refit_scales(
         step = torch.where(curvature > 0, slope / curvature.clamp(min=1e-30), 0.0)
         new = old + step
         new = torch.where(new > 0, new, old)
-        new = stored_scale(new, form)
+        new = stored_scale(new, form.grid, form.half_scales)
         moved = new - old
         # cost(old) - cost(new) = 2 moved slope - moved^2 curvature: rounding the scale must not have spoiled it.
         gained = 2 * moved * slope - moved * moved * curvature

@@ -160,22 +160,13 @@ def _rounded_block(
     free: Tensor | None,
 ) -> Tensor:
     """Return what the inputs `here` are rounded to; `block` is their `weight` with the errors of all before it."""
-    scale, zero = coding.of(here)
+    nearest = coding.by_input(here)
     error, values = torch.zeros_like(block), torch.empty_like(block)
-    for i in range(block.shape[1]):
-        one = slice(i, i + 1)
-        row = block[:, one]
-        if i:
-            row = row + factor[:, one, :i] @ error[:, :i]
-        if fixed is not None and bool(fixed[i]):
-            value = row
-        elif coding.table is not None:
-            value = coding.nearest(row, slice(here.start + i, here.start + i + 1))
-        else:
-            at = one if scale.shape[1] > 1 else slice(0, 1)
-            value = coding.grid.nearest(row, scale[:, at], None if zero is None else zero[:, at])
+    for i, plain in enumerate(weight.unbind(1)):
+        row = torch.baddbmm(block[:, i : i + 1], factor[:, i : i + 1, :i], error[:, :i])[:, 0]
+        value = row if fixed is not None and bool(fixed[i]) else nearest(i, row)
         if free is not None:
-            value = torch.where(free[:, one], row, value)
-        values[:, one] = value
-        error[:, one] = weight[:, one] - value
+            value = torch.where(free[:, i], row, value)
+        values[:, i] = value
+        torch.sub(plain, value, out=error[:, i])
     return values

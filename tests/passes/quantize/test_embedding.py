@@ -37,7 +37,7 @@ def test_each_row_is_within_half_a_step() -> None:
     assert after.weights["0.weight"].dtype is torch.int8 and "float32" not in {
         str(v.dtype) for n, v in after.weights.items() if n == "0.weight"
     }
-    assert [site.reason for site in trace["quantize_embedding"].touched] == ["table 0.weight as int8 by row"]
+    assert [site.reason for site in trace["quantize_embedding"].touched] == ["table 0.weight on int8 by row"]
 
 
 def test_a_tied_head_shares_the_codes_when_it_is_quantized_too() -> None:
