@@ -166,4 +166,5 @@ def look_up(node: fx.Node, parts: list[fx.Node | None], group: int, name: str, r
     where = (0, 0) if whole else (-1, group or -1)
     value = rewriter.insert(dialect.dequantize, *columns, None, *where, name, before=node)
     rewriter.replace(node, value)
-    rewriter.touch(node, f"table {named['weight'].target} on {name} by row" + (f" in groups of {group}" if group else ""))
+    groups = f" in groups of {group}" if group else ""
+    rewriter.touch(node, f"table {named['weight'].target} on {name} by row{groups}")

@@ -6,8 +6,8 @@
     tools/bench/weights.py --task language --bits 4 2         some of them
     tools/bench/weights.py --docs docs/weights.md             and write the tables of what was measured last
 
-Runs in the environment of tools/setup, peers in their own, made on demand; they round the language models
-only, in groups of 64. Each row is a process of its own, whose time and peak memory are
+Runs in the environment of tools/setup, peers in their own, made on demand; linears are in groups of 64 where the
+peer has groups. Each row is a process of its own, whose time and peak memory are
 measured. All linears and convolutions are quantized in every row, embeddings in none; bits are those of the
 quantized weights with scales, zero points, tables and side information.
 """
@@ -15,6 +15,7 @@ quantized weights with scales, zero points, tables and side information.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,16 +28,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import machine
 import records
 from environments import ROOT, python_of
 
+if TYPE_CHECKING:
+    from tasks import Material
+
 RESULTS = ROOT / "runs" / "bench" / "weights.jsonl"
-TASKS = ("language", "language_outliers", "digits_cnn", "digits_vit")
+LANGUAGE, DIGITS = ("language", "language_outliers"), ("digits_cnn", "digits_vit")
+TASKS = (*LANGUAGE, *DIGITS)
 WIDTHS = (4, 3, 2)
 
+NEAREST = "objective='plain', rounding='nearest', range='minmax'"
+FISHER = "sweeps=3, objective='fisher'"
 PAPER = "range='minmax', sweeps=0, drift=False"  # GPTQ as published: the quantized inputs, no target but W
 
 
@@ -48,6 +55,7 @@ class Row:
     recipe: Callable[[int], list[str]]
     plain: str = ""
     widths: tuple[int, ...] = WIDTHS
+    tasks: tuple[str, ...] = TASKS
 
 
 def _integer(options: str) -> Callable[[int], list[str]]:
@@ -69,8 +77,13 @@ def _fp4(searched: bool) -> Callable[[int], list[str]]:
     return lambda bits: [*(["smooth"] if searched else []), activations, weights]
 
 
+def _beside_activations(grid: str, options: str) -> Callable[[int], list[str]]:
+    return lambda bits: [f"quantize_activations(grid='{grid}')", *_integer(options)(bits)]
+
+
+_AT_FOUR: dict[str, Any] = {"widths": (4,), "tasks": ("language_outliers",)}
 ROWS = (
-    Row("nearest", _integer("objective='plain', rounding='nearest', range='minmax'")),
+    Row("nearest", _integer(NEAREST)),
     Row("searched ranges", _integer("objective='plain', rounding='nearest'"), "nearest"),
     Row("AdaRound", _integer("rounding='adaround', range='minmax', sweeps=0, drift=False"), "nearest"),
     Row("GPTQ", _integer(PAPER), "nearest"),
@@ -87,27 +100,49 @@ ROWS = (
     Row("low rank 4 + GPTQ", _integer(f"{PAPER}, rank=4"), "GPTQ"),
     Row("GPTQ + drift", _integer("range='minmax', sweeps=0"), "GPTQ"),
     Row("GPTQ + drift + ranges + sweeps", _integer("sweeps=3"), "GPTQ"),
-    Row("all of that + fisher", _integer("sweeps=3, objective='fisher'"), "GPTQ"),
+    Row("all of that + fisher", _integer(FISHER), "GPTQ"),
+    Row("all of that + fisher, scales tuned by blocks", _integer(f"{FISHER}, tune='blocks'"), "all of that + fisher"),
+    Row("all of that + fisher, scales tuned", _integer(f"{FISHER}, tune='model'"), "all of that + fisher"),
     Row("recipe w4, w3, w2", lambda bits: [f"w{bits}"], "GPTQ"),
+    Row("nearest, W4A8", _beside_activations("int8", NEAREST), widths=(4,)),
+    Row("recipe w4a8", lambda bits: ["w4a8"], "nearest, W4A8", widths=(4,)),
+    Row("nearest, W4A4", _beside_activations("int4", NEAREST), **_AT_FOUR),
+    Row("recipe w4a4", lambda bits: ["w4a4"], "nearest, W4A4", **_AT_FOUR),
 )
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A method of children/round_weights.py, and the environment that it runs in."""
+    """A method of children/round_weights.py or children/round_onnx.py, and the environment that it runs in."""
 
     name: str
     environment: str
     method: str
-    plain: str = "nearest"
+    tasks: tuple[str, ...] = LANGUAGE
+    widths: tuple[int, ...] = WIDTHS
+    plain: str = ""
 
+
+_COMPRESSOR = functools.partial(Peer, environment="llmcompressor")
+_AIMET = functools.partial(Peer, environment="aimet", tasks=DIGITS, widths=(3,))
+_AIMET_8 = functools.partial(Peer, environment="aimet", tasks=DIGITS, widths=(4,), plain="ONNX Runtime, W4A8")
 
 PEERS = (
-    Peer("HQQ", "hqq", "hqq"),
-    Peer("llm-compressor GPTQ", "llmcompressor", "gptq"),
-    Peer("llm-compressor GPTQ, zero points", "llmcompressor", "gptq_asymmetric"),
-    Peer("llm-compressor AutoRound", "llmcompressor", "autoround"),
-    Peer("llm-compressor AutoRound, zero points", "llmcompressor", "autoround_asymmetric"),
+    Peer("HQQ", "hqq", "hqq", plain="nearest"),
+    _COMPRESSOR("llm-compressor GPTQ", method="gptq", plain="nearest"),
+    _COMPRESSOR("llm-compressor GPTQ, zero points", method="gptq_asymmetric", plain="nearest"),
+    _COMPRESSOR("llm-compressor AutoRound", method="autoround", plain="nearest"),
+    _COMPRESSOR("llm-compressor AutoRound, zero points", method="autoround_asymmetric", plain="nearest"),
+    _COMPRESSOR("llm-compressor SmoothQuant + GPTQ, W4A4", method="smoothquant_gptq", **_AT_FOUR),
+    _COMPRESSOR("llm-compressor SpinQuant R1 R2 + GPTQ, W4A4", method="r1r2_gptq", **_AT_FOUR),
+    _COMPRESSOR("llm-compressor SpinQuant R1 R2 R4 + GPTQ, W4A4", method="r1r2r4_gptq", **_AT_FOUR),
+    Peer("ONNX Runtime, W4A8", "onnxruntime", "static", DIGITS, (4,)),
+    _AIMET_8("AIMET, W4A8", method="nearest_8"),
+    _AIMET_8("AIMET sequential MSE, W4A8", method="seq_mse_8"),
+    _AIMET_8("AIMET AdaRound, W4A8", method="adaround_8"),
+    _AIMET("AIMET", method="nearest", plain="nearest"),
+    _AIMET("AIMET sequential MSE", method="seq_mse", plain="nearest"),
+    _AIMET("AIMET AdaRound", method="adaround", plain="nearest"),
 )
 GROUP_SIZE = 64
 
@@ -116,36 +151,63 @@ LISTED: tuple[Row | Peer, ...] = (*ROWS, *PEERS)
 
 
 def measure_peer(task: str, environment: str, method: str, bits: int) -> dict[str, Any]:
-    """Return the figures of a peer: it rounds in a process of its own, and is judged here as every other row."""
-    from language.model import LanguageModel
-    from language.names import transformers_names, transformers_sizes
-    from safetensors.torch import load_file, save_file
+    """Return the figures of a peer: it runs in a process of its own, and its logits are judged here as our own are."""
     from tasks import TASKS as KNOWN
 
     material = KNOWN[task].make()
-    model = material.model
-    assert isinstance(model, LanguageModel)
-    reference = list(_logits(model, material.heldout))
-    names = transformers_names(model.shape)
-    given = {names[name]: value.detach().clone() for name, value in model.state_dict().items()}
-    given["calibration"] = _tokens(material.calibration)
-    with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
-        paths = {name: str(Path(folder) / name) for name in ("weights", "output", "result")}
-        save_file(given, paths["weights"])
-        job = Path(folder) / "job.json"
-        sizes = transformers_sizes(model.shape)
-        job.write_text(json.dumps({**paths, "sizes": sizes, "method": method, "bits": bits, "group_size": GROUP_SIZE}))
+    reference = list(_logits(material.model, material.heldout))
+    with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as name:
+        folder = Path(name)
+        language = task.startswith("language")
+        script, job, read = (_decoder_job if language else _onnx_job)(material, folder)
+        job |= {"method": method, "bits": bits, "result": str(folder / "result.json")}
+        (folder / "job.json").write_text(json.dumps(job))
         # -P: the children's own names would stand before the peer's modules.
-        script = Path(__file__).parent / "children" / "round_weights.py"
-        command: list[str | Path] = [python_of(environment), "-P", script, job]
+        path = Path(__file__).parent / "children" / script
+        command: list[str | Path] = [python_of(environment), "-P", path, folder / "job.json"]
         subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
-        made, result = load_file(paths["output"]), json.loads(Path(paths["result"]).read_text())
-    back = {theirs: ours for ours, theirs in names.items()}
-    model.load_state_dict({back[name]: value for name, value in made.items()}, strict=False)
-    figures = _judged(reference, model, material.heldout, language=True)
+        found, result = read(), json.loads((folder / "result.json").read_text())
+    figures = _judged(reference, found, material.heldout, language)
     return figures | {
         "bits": bits + result["bits_beside"], "seconds": result["seconds"], "peak_bytes": result["peak_bytes"],
     }  # fmt: skip
+
+
+_Job = tuple[str, dict[str, Any], Callable[[], Iterator[Any]]]  # script, job, what reads logarithms of predictions
+
+
+def _decoder_job(material: Material, folder: Path) -> _Job:
+    """Hand over a decoder's weights under transformers' names."""
+    from language.model import LanguageModel
+    from language.names import transformers_names, transformers_sizes
+    from safetensors.torch import load_file, save_file
+
+    model = material.model
+    assert isinstance(model, LanguageModel)
+    names, output = transformers_names(model.shape), str(folder / "logits.safetensors")
+    given = {names[name]: value.detach().clone() for name, value in model.state_dict().items()}
+    given |= {"calibration": _tokens(material.calibration), "heldout": _tokens(material.heldout)}
+    save_file(given, folder / "weights")
+    job = {"weights": str(folder / "weights"), "output": output, "sizes": transformers_sizes(model.shape)}
+    return "round_weights.py", job | {"group_size": GROUP_SIZE}, lambda: _normalized(load_file(output)["logits"])
+
+
+def _onnx_job(material: Material, folder: Path) -> _Job:
+    """Hand over an image network as a float ONNX file; its batches have one input."""
+    import numpy as np
+    import onnx
+    import torch
+
+    paths = {name: str(folder / name) for name in ("fp32.onnx", "calibration.npz", "heldout.npz", "logits.npy")}
+    inputs: Any = material.example_inputs
+    torch.onnx.export(material.model, inputs, paths["fp32.onnx"], dynamo=True, opset_version=20, external_data=False)
+    name = onnx.load(paths["fp32.onnx"]).graph.input[0].name
+    for part in ("calibration", "heldout"):
+        batches: Any = getattr(material, part)
+        arrays: dict[str, Any] = {name: np.stack([batch[0].numpy() for batch in batches])}
+        np.savez(paths[f"{part}.npz"], **arrays)
+    job = {Path(each).stem: path for each, path in paths.items()}
+    return "round_onnx.py", job, lambda: _normalized(torch.from_numpy(np.load(paths["logits.npy"])))
 
 
 def _tokens(batches: list[Any]) -> Any:
@@ -157,17 +219,22 @@ def _tokens(batches: list[Any]) -> Any:
 def _logits(model: Any, batches: list[Any]) -> Iterator[Any]:
     """Yield the logarithms of the predictions, float64 [rows, classes]."""
     import torch
-    from torch.nn import functional
 
     for inputs in batches:
         with torch.no_grad():
-            yield functional.log_softmax(model(*inputs).double(), -1).flatten(0, -2)
+            yield from _normalized(model(*inputs)[None])
 
 
-def _judged(reference: list[Any], model: Any, batches: list[Any], language: bool) -> dict[str, Any]:
+def _normalized(logits: Any) -> Iterator[Any]:
+    """Yield what `_logits` does for the logits [batches, ..., classes]."""
+    for each in logits:
+        yield each.double().log_softmax(-1).flatten(0, -2)
+
+
+def _judged(reference: list[Any], made: Iterator[Any], batches: list[Any], language: bool) -> dict[str, Any]:
     divergence = surprise = 0.0
     count = following = 0
-    for inputs, expected, found in zip(batches, reference, _logits(model, batches), strict=True):
+    for inputs, expected, found in zip(batches, reference, made, strict=True):
         divergence += float((expected.exp() * (expected - found)).sum())
         count += len(expected)
         if language:
@@ -195,7 +262,7 @@ def measure(task: str, passes: list[str]) -> dict[str, Any]:
     )
     seconds = time.perf_counter() - started
     reference = list(_logits(material.model, material.heldout))
-    figures = _judged(reference, result, material.heldout, task.startswith("language"))
+    figures = _judged(reference, _logits(result, material.heldout), material.heldout, task.startswith("language"))
     assert result.original is not None
     original, program = result.original.weights, result.program
     kept = [n for n, w in program.weights.items() if w.is_floating_point() and n in original]
@@ -211,10 +278,10 @@ def jobs(task: str, names: list[str], widths: list[int]) -> Iterator[tuple[str, 
     """Yield name, width and what the child is given, for every row of a task."""
     for bits in widths:
         for row in ROWS:
-            if bits in row.widths and (not names or row.name in names):
+            if bits in row.widths and task in row.tasks and (not names or row.name in names):
                 yield row.name, bits, [task, row.recipe(bits)]
-        for peer in PEERS if task.startswith("language") else ():
-            if not names or peer.name in names:
+        for peer in PEERS:
+            if bits in peer.widths and task in peer.tasks and (not names or peer.name in names):
                 yield peer.name, bits, [task, peer.environment, peer.method, bits]
 
 
