@@ -25,7 +25,7 @@ from torch import Tensor
 
 from graphopt.quantization.codebooks import learned_table
 from graphopt.quantization.coding import Coding, Form, fit
-from graphopt.quantization.objectives import Gram, damped
+from graphopt.quantization.objectives import Gram
 from graphopt.quantization.rounding import (
     descend,
     objective,
@@ -59,7 +59,7 @@ class Choices:
         columns: inputs kept, as a share of all.
         outliers: single weights kept, as a share of all.
         rank: of the correction.
-        damping: added to the diagonal of H, relative to its mean.
+        damping: added to the diagonal of H at least, relative to its mean; more where inputs are few (`Gram.damped`).
         spread: the exponent p of the weights with which a codebook is learned.
     """
 
@@ -158,7 +158,7 @@ def quantize_matrix(
     parts, inputs, channels = weight.shape
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) if weight.dtype != torch.float64 else weight
     if gram is not None and gram.count > 0:
-        hessian = damped(gram.mean, choices.damping)
+        hessian = gram.damped(choices.damping)
         weight = gram.target(weight, choices.damping)
     else:
         hessian = torch.eye(inputs, dtype=torch.float64).expand(parts, inputs, inputs)

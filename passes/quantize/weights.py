@@ -69,7 +69,7 @@ class QuantizeWeights(LossyPass):
         columns: share of inputs that keep their weights.
         outliers: share of single weights that keep theirs.
         rank: of a low-rank correction.
-        damping: added to the diagonal of a Gram matrix, relative to its mean.
+        damping: added to the diagonal of a Gram matrix at least, relative to its mean; more where inputs are few.
         sequential, drift: see above.
         parts: groups of output channels with a Gram matrix each, for objective=gradient; all together where the
             channels cannot be divided so.

@@ -58,6 +58,33 @@ def test_damping_makes_any_gram_positive(case: str) -> None:
     assert float((quantized.value() - weight).abs().max()) < 2.5 * float(quantized.coding.scale.max())
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [4, 12, 40, 4000])
+def test_shrinkage_brings_few_inputs_nearer_to_the_truth(count: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, 12)
+    truth = mix.T @ mix
+    plain = shrunk = 0.0
+    for _ in range(30):
+        gram = Gram(1, 12)
+        weights = torch.rand(1, count, generator=generator, dtype=torch.float64) if weighted else None
+        gram.update(torch.randn(1, count, 12, generator=generator, dtype=torch.float64) @ mix, "x", weights)
+        found = gram.shrinkage()
+        nearer = gram.damped(0.0)[0] / (1 + found)
+        plain += float((gram.mean[0] - truth).square().sum())
+        shrunk += float((nearer - truth).square().sum())
+        assert 0 < float(found) <= 1
+        assert float(found) < (0.01 if count == 4000 else 1.01)
+    assert shrunk < {4: 0.9, 12: 0.95}.get(count, 1.05) * plain
+
+
+def test_shrinkage_of_nothing_and_of_one_input() -> None:
+    assert float(Gram(1, 5).shrinkage()) == 0
+    gram = Gram(2, 1)
+    gram.update(torch.ones(2, 3, 1), "x")
+    assert bool((gram.shrinkage() == 0).all())
+
+
 @pytest.mark.parametrize(
     ("kind", "kwargs"),
     [
@@ -82,14 +109,16 @@ def test_patches_times_weight_is_the_convolution(kind: str, kwargs: dict[str, ob
 
 
 def test_drift_is_the_least_squares_solution() -> None:
-    """W' minimises sum |W x - W' x'|^2."""
+    """W' minimises sum |W x - W' x'|^2 + d |W - W'|^2, d as few inputs demand."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 200, 5, generator=generator, dtype=torch.float64)
     seen = x + 0.3 * torch.randn(1, 200, 5, generator=generator, dtype=torch.float64)
     gram = Gram(1, 5)
     gram.update(seen, "x", original=x)
     weight = drawn_weight(5, 3, 0)
-    expected = torch.linalg.lstsq(seen[0], x[0] @ weight[0]).solution
+    pull = (200 * gram.shrinkage() * gram.mean[0].diagonal().mean()).sqrt() * torch.eye(5)
+    left, right = torch.cat([seen[0], pull]), torch.cat([x[0] @ weight[0], pull @ weight[0]])
+    expected = torch.linalg.lstsq(left, right).solution
     torch.testing.assert_close(gram.target(weight, 0.0)[0], expected, rtol=1e-5, atol=1e-6)
     plain = Gram(1, 5)
     plain.update(seen, "x", original=seen)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.quantization.coding import Form, fit
 from graphopt.quantization.grids import grid, known_grids
-from graphopt.quantization.objectives import Gram, damped
+from graphopt.quantization.objectives import Gram
 from graphopt.quantization.rounding import (
     objective,
 )
@@ -61,7 +61,7 @@ def test_the_column_that_costs_most_is_kept_exactly() -> None:
     form = Form(grid("int3"), 8, range="minmax")
     made = quantize_matrix(weight, Choices(form, "gptq", columns=1 / 32, sweeps=2), gram)
     clipped = fit(weight, Form(grid("int3"), 8, range="mse"), gram.mean.diagonal(dim1=-2, dim2=-1)).nearest(weight)
-    scores = (clipped - weight).square().sum((0, 2)) * damped(gram.mean, 0.01)[0].diagonal()
+    scores = (clipped - weight).square().sum((0, 2)) * gram.damped(0.01)[0].diagonal()
     assert made.columns.tolist() == [int(scores.argmax())]
     plain = quantize_matrix(weight, Choices(form, "gptq", sweeps=2), gram)
     assert relative_error(weight, made, gram) < relative_error(weight, plain, gram)
@@ -85,7 +85,7 @@ def test_low_rank_is_the_best_for_what_is_left() -> None:
     weight, gram = planted()
     form = Form(grid("int2"), 8)
     made = quantize_matrix(weight, Choices(form, "gptq", rank=3), gram)
-    hessian = damped(gram.mean, 0.01)
+    hessian = gram.damped(0.01)
     assert made.left is not None
     rest = weight - made.coded()
     root = torch.linalg.cholesky(hessian).mT
