@@ -72,7 +72,7 @@ class Choices:
     outliers: float = 0.0
     rank: int = 0
     damping: float = 0.01
-    spread: float = 4.0
+    spread: float = 1.0
 
 
 @dataclass(frozen=True)

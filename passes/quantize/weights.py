@@ -69,6 +69,7 @@ class QuantizeWeights(LossyPass):
         columns: share of inputs that keep their weights.
         outliers: share of single weights that keep theirs.
         rank: of a low-rank correction.
+        spread: the exponent p of the weights 1 / (H^-1)_kk^p with which codebooks are learned.
         damping: added to the diagonal of a Gram matrix at least, relative to its mean; more where inputs are few.
         sequential, drift: see above.
         parts: groups of output channels with a Gram matrix each, for objective=gradient; all together where the
@@ -95,6 +96,7 @@ class QuantizeWeights(LossyPass):
     columns: Annotated[float, Field(ge=0, lt=1)] = 0.0
     outliers: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank: Annotated[int, Field(ge=0)] = 0
+    spread: Annotated[float, Field(ge=0)] = 1.0
     damping: Annotated[float, Field(ge=0)] = 0.01
     sequential: bool = True
     drift: bool = True
@@ -186,6 +188,7 @@ class QuantizeWeights(LossyPass):
             outliers=self.outliers,
             rank=self.rank,
             damping=self.damping,
+            spread=self.spread,
         )
 
     def _solved(
