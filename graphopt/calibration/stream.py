@@ -61,6 +61,8 @@ class Staged:
         self.changed: dict[fx.Node, Tensor] = {}
         self.apart = _fed_by(program, set(sites)) if exact else set()
         self.store = empty_store(spill)
+        self._needed: dict[int, set[str]] = {}
+        self._plans: dict[int, tuple[list[fx.Node], dict[fx.Node, list[str]]]] = {}
 
     def lanes(self, stage: int) -> Iterator[tuple[int, tuple[Lane, Lane]]]:
         """Yield every batch's values: of the data at first, then what the stage before kept."""
@@ -83,8 +85,13 @@ class Staged:
 
     @torch.no_grad()
     def advance(self, index: int, stage: int, lane: Lane, other: Lane, shown: Collection[str] = ()) -> None:
-        """Run what stage `stage` runs, dropping each value after its last reader there, except those `shown`."""
-        steps, dropped = self._plan(stage, shown)
+        """Run what stage `stage` runs, dropping each value after its last reader there, except those `shown`.
+
+        A stage shows the same values every time.
+        """
+        if stage not in self._plans:
+            self._plans[stage] = self._plan(stage, shown)
+        steps, dropped = self._plans[stage]
         with running(index):
             for node in steps:
                 lane[node.name] = self.call(node, lane, {}, self.changed)
@@ -134,11 +141,11 @@ class Staged:
 
     def needed_after(self, stage: int) -> set[str]:
         """Return the names of the values that stages after `stage` read."""
-        needed = set()
-        for node in self.program.graph.nodes:
-            if self.read_in(node) > stage:
-                needed |= {source.name for source in self._read(node) if source.op != "get_attr"}
-        return needed
+        if stage not in self._needed:
+            later = [node for node in self.program.graph.nodes if self.read_in(node) > stage]
+            read = [source for node in later for source in self._read(node)]
+            self._needed[stage] = {source.name for source in read if source.op != "get_attr"}
+        return self._needed[stage]
 
     def read_in(self, node: fx.Node) -> int:
         """Return the stage in which a node reads its inputs; -1 where it never does."""

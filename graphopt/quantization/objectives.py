@@ -25,31 +25,62 @@ _ROWS = 1 << 14  # inputs multiplied in float32 at a time, before the sum goes o
 _FLOOR = 1e-7  # of the mean of the diagonal: what keeps a factorization alive at all
 
 
+class _Sum:
+    """A sum of products a^T b [P, K, K]: of some thousand rows in their own precision, over these in float64."""
+
+    def __init__(self, parts: int, inputs: int) -> None:
+        self._whole = torch.zeros(parts, inputs, inputs, dtype=torch.float64)
+        self._recent: Tensor | None = None
+        self._rows, self._name = 0, ""
+
+    def add(self, a: Tensor, b: Tensor, name: str) -> None:
+        """Add the product of a [P or 1, T, K] and b, which stand for the layer `name`."""
+        if self._recent is not None and (self._recent.dtype != a.dtype or self._rows + a.shape[1] > _ROWS):
+            self.value()
+        if self._recent is None:
+            self._recent = a.mT @ b
+        else:
+            self._recent += a.mT @ b
+        self._rows, self._name = self._rows + a.shape[1], name
+
+    def value(self) -> Tensor:
+        """Return the sum; GraphoptError where something in it was not finite."""
+        if self._recent is not None:
+            if not bool(self._recent.isfinite().all()):
+                raise GraphoptError(
+                    "calibration met NaN or infinity, or numbers too large to square, at the input of "
+                    f"{self._name}; check the calibration data, or keep that place float with skip"
+                )
+            self._whole += self._recent
+            self._recent, self._rows = None, 0
+        return self._whole
+
+
 @dataclass(eq=False)
 class Gram:
     """Gram matrix of the inputs of a layer, summed over a stream.
 
     Attributes:
         parts, inputs: P parts of K inputs each.
-        total: sum of r_t x_t x_t^T, float64 [P, K, K].
         weight: sum of r_t, [P].
-        count: inputs seen.
         squares: sum of r_t^2, [P].
-        cross: sum of r_t x_t x'_t^T where `update` was given the original inputs too, else None.
+        count: inputs seen.
+
+    What is read of it is float64, and raises GraphoptError where `update` was given NaN or infinity.
     """
 
     parts: int
     inputs: int
-    total: Tensor = field(init=False)
     weight: Tensor = field(init=False)
     squares: Tensor = field(init=False)
     count: int = 0
-    cross: Tensor | None = None
+    _total: _Sum = field(init=False)
+    _cross: _Sum | None = None
 
     def __post_init__(self) -> None:
-        self.total = torch.zeros(self.parts, self.inputs, self.inputs, dtype=torch.float64)
         self.weight = torch.zeros(self.parts, dtype=torch.float64)
         self.squares = torch.zeros(self.parts, dtype=torch.float64)
+        self._total = _Sum(self.parts, self.inputs)
 
     def update(self, x: Tensor, name: str, weights: Tensor | None = None, original: Tensor | None = None) -> None:
         """Add inputs x [P or 1, T, K].
@@ -59,8 +90,6 @@ class Gram:
             name: of the layer, for messages.
             weights: r_t >= 0, [P or 1, T]; 1 where not given.
             original: what the original layer read in the place of x.
-
-        Raises GraphoptError where one of them holds NaN or infinity.
         """
         if x.shape[1] == 0:
             return
@@ -69,27 +98,18 @@ class Gram:
             # float16 would overflow in its sums; float32 holds the product of a few thousand inputs to 1e-6.
             wide = x[:, here].to(torch.promote_types(x.dtype, torch.float32))
             scaled = wide if weights is None else wide * weights[:, here, None].to(wide.dtype)
-            self._add(self.total, scaled.mT @ wide, name)
+            self._total.add(scaled, wide, name)
             if original is not None:
-                self.cross = torch.zeros_like(self.total) if self.cross is None else self.cross
-                before = original[:, here].to(wide.dtype)
-                self._add(self.cross, before.mT @ scaled, name)
+                self._cross = self._cross or _Sum(self.parts, self.inputs)
+                self._cross.add(original[:, here].to(wide.dtype), scaled, name)
         self.weight += x.shape[1] if weights is None else weights.double().sum(1)
         self.squares += x.shape[1] if weights is None else weights.double().square().sum(1)
         self.count += x.shape[1]
 
-    def _add(self, total: Tensor, product: Tensor, name: str) -> None:
-        if not bool(product.isfinite().all()):
-            raise GraphoptError(
-                f"calibration met NaN or infinity, or numbers too large to square, at the input of {name}; check the "
-                "calibration data, or keep that place float with skip"
-            )
-        total += product
-
     @property
     def mean(self) -> Tensor:
-        """H [P, K, K], float64; zeros where nothing was seen."""
-        return self.total / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
+        """H [P, K, K]; zeros where nothing was seen."""
+        return self._total.value() / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
 
     def damped(self, least: float) -> Tensor:
         """Return H + d mean(diag H) I [P, K, K], d as the number of inputs demands but not below `least`."""
@@ -112,10 +132,10 @@ class Gram:
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
         """Return W' [P, K, R] for W [P, K, R]: the weight that makes the most of the changed inputs."""
-        if self.cross is None:
+        if self._cross is None:
             return weight
         mean = self.damped(damping)
-        cross = self.cross / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
+        cross = self._cross.value() / self.weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None, None]
         # What damping adds pulls towards W, not towards zero.
         extra = mean - self.mean
         solved: Tensor = torch.linalg.solve(mean, (cross + extra).mT @ weight.double())

@@ -35,8 +35,11 @@ def test_half_precision_inputs_do_not_overflow() -> None:
 def test_numbers_that_have_no_square_are_refused(bad: float) -> None:
     x = torch.randn(1, 5, 3)
     x[0, 2, 1] = bad
+    gram = Gram(1, 3)
+    gram.update(x, "head")
+    gram.update(torch.randn(1, 5, 3), "head")
     with pytest.raises(GraphoptError, match="at the input of head; check the calibration data"):
-        Gram(1, 3).update(x, "head")
+        _ = gram.mean
 
 
 @pytest.mark.parametrize("case", ["nothing", "one sample", "zero input", "twins"])

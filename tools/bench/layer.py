@@ -36,7 +36,7 @@ def ours(source: str, output: str, bits: int, group: int) -> None:
 
     given = load_file(source)
     weight, gram = given["weight"].T[None].contiguous(), Gram(1, given["weight"].shape[1])
-    gram.total, gram.weight, gram.count = given["hessian"][None].double(), gram.weight + 1, 1
+    gram.update(given["inputs"][None], "layer")
     choices = Choices(Form(grid(f"int{bits}"), group, symmetric=False), "gptq", damping=DAMPING)
     started = time.perf_counter()
     made = quantize_matrix(weight, choices, gram)
@@ -65,7 +65,7 @@ def main() -> None:
     settings = [str(given.bits), str(given.group)]
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
         source, output = str(Path(folder) / "layer"), str(Path(folder) / "rounded")
-        save_file({"weight": weight, "hessian": hessian}, source)
+        save_file({"weight": weight, "hessian": hessian, "inputs": inputs}, source)
         peer = Path(__file__).parent / "children" / "round_layer.py"
         options = ["--bits", settings[0], "--group", settings[1]]
         commands: dict[str, list[str | Path]] = {
