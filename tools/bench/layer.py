@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        ours(*given.child, given.bits, given.group)
+        source, output = given.child
+        ours(source, output, given.bits, given.group)
         return
     import torch
     from safetensors.torch import load_file, save_file

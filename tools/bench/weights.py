@@ -24,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,11 @@ RESULTS = ROOT / "runs" / "bench" / "weights.jsonl"
 LANGUAGE, DIGITS = ("language", "language_outliers"), ("digits_cnn", "digits_vit")
 TASKS = (*LANGUAGE, *DIGITS)
 WIDTHS = (4, 3, 2)
+KINDS = {
+    "weights": "weights alone",
+    "W4A8": "activations of eight bits (ours by token, AIMET's and ONNX Runtime's by tensor)",
+    "W4A4": "activations of four bits by token",
+}
 
 NEAREST = "objective='plain', rounding='nearest', range='minmax'"
 FISHER = "sweeps=3, objective='fisher'"
@@ -56,6 +61,11 @@ class Row:
     plain: str = ""
     widths: tuple[int, ...] = WIDTHS
     tasks: tuple[str, ...] = TASKS
+    kind: str = "weights"
+
+    @property
+    def stands_beside_peers(self) -> bool:
+        return self.name.startswith(("recipe", "nearest"))
 
 
 def _integer(options: str) -> Callable[[int], list[str]]:
@@ -81,7 +91,8 @@ def _beside_activations(grid: str, options: str) -> Callable[[int], list[str]]:
     return lambda bits: [f"quantize_activations(grid='{grid}')", *_integer(options)(bits)]
 
 
-_AT_FOUR: dict[str, Any] = {"widths": (4,), "tasks": ("language_outliers",)}
+_AT_FOUR: dict[str, Any] = {"widths": (4,), "tasks": ("language_outliers",), "kind": "W4A4"}
+_AT_EIGHT: dict[str, Any] = {"widths": (4,), "kind": "W4A8"}
 ROWS = (
     Row("nearest", _integer(NEAREST)),
     Row("searched ranges", _integer("objective='plain', rounding='nearest'"), "nearest"),
@@ -104,9 +115,9 @@ ROWS = (
     Row("all of that + fisher", _integer(FISHER), "GPTQ"),
     Row("all of that + fisher, scales tuned by blocks", _integer(f"{FISHER}, tune='blocks'"), "all of that + fisher"),
     Row("all of that + fisher, scales tuned", _integer(f"{FISHER}, tune='model'"), "all of that + fisher"),
-    Row("recipe w4, w3, w2", lambda bits: [f"w{bits}"], "GPTQ"),
-    Row("nearest, W4A8", _beside_activations("int8", NEAREST), widths=(4,)),
-    Row("recipe w4a8", lambda bits: ["w4a8"], "nearest, W4A8", widths=(4,)),
+    Row("recipe", lambda bits: [f"w{bits}"], "GPTQ"),
+    Row("nearest, W4A8", _beside_activations("int8", NEAREST), **_AT_EIGHT),
+    Row("recipe w4a8", lambda bits: ["w4a8"], "nearest, W4A8", **_AT_EIGHT),
     Row("nearest, W4A4", _beside_activations("int4", NEAREST), **_AT_FOUR),
     Row("recipe w4a4", lambda bits: ["w4a4"], "nearest, W4A4", **_AT_FOUR),
 )
@@ -121,29 +132,29 @@ class Peer:
     method: str
     tasks: tuple[str, ...] = LANGUAGE
     widths: tuple[int, ...] = WIDTHS
-    plain: str = ""
+    kind: str = "weights"
 
 
 _COMPRESSOR = functools.partial(Peer, environment="llmcompressor")
 _AIMET = functools.partial(Peer, environment="aimet", tasks=DIGITS, widths=(3,))
-_AIMET_8 = functools.partial(Peer, environment="aimet", tasks=DIGITS, widths=(4,), plain="ONNX Runtime, W4A8")
+_AIMET_8 = functools.partial(Peer, environment="aimet", tasks=DIGITS, widths=(4,), kind="W4A8")
 
 PEERS = (
-    Peer("HQQ", "hqq", "hqq", plain="nearest"),
-    _COMPRESSOR("llm-compressor GPTQ", method="gptq", plain="nearest"),
-    _COMPRESSOR("llm-compressor GPTQ, zero points", method="gptq_asymmetric", plain="nearest"),
-    _COMPRESSOR("llm-compressor AutoRound", method="autoround", plain="nearest"),
-    _COMPRESSOR("llm-compressor AutoRound, zero points", method="autoround_asymmetric", plain="nearest"),
+    Peer("HQQ", "hqq", "hqq"),
+    _COMPRESSOR("llm-compressor GPTQ", method="gptq"),
+    _COMPRESSOR("llm-compressor GPTQ, zero points", method="gptq_asymmetric"),
+    _COMPRESSOR("llm-compressor AutoRound", method="autoround"),
+    _COMPRESSOR("llm-compressor AutoRound, zero points", method="autoround_asymmetric"),
     _COMPRESSOR("llm-compressor SmoothQuant + GPTQ, W4A4", method="smoothquant_gptq", **_AT_FOUR),
     _COMPRESSOR("llm-compressor SpinQuant R1 R2 + GPTQ, W4A4", method="r1r2_gptq", **_AT_FOUR),
     _COMPRESSOR("llm-compressor SpinQuant R1 R2 R4 + GPTQ, W4A4", method="r1r2r4_gptq", **_AT_FOUR),
-    Peer("ONNX Runtime, W4A8", "onnxruntime", "static", DIGITS, (4,)),
+    Peer("ONNX Runtime, W4A8", "onnxruntime", "static", DIGITS, (4,), "W4A8"),
     _AIMET_8("AIMET, W4A8", method="nearest_8"),
     _AIMET_8("AIMET sequential MSE, W4A8", method="seq_mse_8"),
     _AIMET_8("AIMET AdaRound, W4A8", method="adaround_8"),
-    _AIMET("AIMET", method="nearest", plain="nearest"),
-    _AIMET("AIMET sequential MSE", method="seq_mse", plain="nearest"),
-    _AIMET("AIMET AdaRound", method="adaround", plain="nearest"),
+    _AIMET("AIMET", method="nearest"),
+    _AIMET("AIMET sequential MSE", method="seq_mse"),
+    _AIMET("AIMET AdaRound", method="adaround"),
 )
 GROUP_SIZE = 64
 
@@ -250,11 +261,14 @@ def measure(task: str, passes: list[str]) -> dict[str, Any]:
 
     import graphopt
     from graphopt.analysis.cost import weight_bits
+    from graphopt.passes import QuantizeWeights
     from graphopt.pipeline import builtin, builtin_names, parse_pass
 
     material = KNOWN[task].make()
     if len(passes) == 1 and passes[0] in builtin_names():
-        recipe = list(builtin(passes[0]).passes)
+        # Tables of embeddings stay float in every row.
+        found = list(builtin(passes[0]).passes)
+        recipe = [replace(each, embeddings="") if isinstance(each, QuantizeWeights) else each for each in found]
     else:
         recipe = [*builtin("exact").passes, *(parse_pass(each) for each in passes)]
     started = time.perf_counter()
@@ -308,7 +322,7 @@ def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
 
 
 def tables() -> str:
-    """Return the tables of the newest record of each row."""
+    """Return the tables of the newest record of each row: methods against the plain choice, recipes against peers."""
     newest: dict[tuple[str, int, str], dict[str, Any]] = {}
     for record in records.read(RESULTS):
         newest[record["task"], record["bits_wanted"], record["method"]] = record
@@ -321,35 +335,59 @@ def tables() -> str:
         "Written by `tools/bench/weights.py --docs docs/weights.md`. KL to the float model on held-out data, in nats;",
         "*gain*: the KL of the plain choice that the method improves on, over its own (below 1: no gain here).",
         "Bits are those of the quantized weights, with everything that is stored beside codes. Seconds and peak memory",
-        f"are of the whole run, on {last['machine']['cpu']}, {last['machine'].get('cores', 2)} cores.",
+        f"are of the whole run, on {last['machine']['cpu']}, {last['machine'].get('cores', 2)} cores, two rows at a time.",
     ]
     for task in TASKS:
         for bits in WIDTHS:
             found = {each.name: newest[task, bits, each.name] for each in LISTED if (task, bits, each.name) in newest}
-            if found:
-                text += ["", f"## {task}, {bits} bits", "", *_table(found)]
-    return "\n".join(text) + "\n"
+            methods = [row for row in ROWS if row.name in found]
+            if methods:
+                text += ["", f"## {task}, {bits} bits", "", *_table(methods, found)]
+            for kind in KINDS:
+                against = [each for each in LISTED if each.name in found and each.kind == kind]
+                peers = [each for each in against if isinstance(each, Peer)]
+                own = [each for each in against if isinstance(each, Row) and each.stands_beside_peers]
+                if peers and own:
+                    text += ["", f"### Beside other tools: {KINDS[kind]}", "", *_table([*own, *peers], found, peers)]
+    return "\n".join([*text, "", f"Peers: {', '.join(_versions())}."]) + "\n"
 
 
-def _table(found: dict[str, dict[str, Any]]) -> list[str]:
+def _versions() -> list[str]:
+    """Return the pinned versions of the peers themselves."""
+    packages = {"hqq": "hqq", "llmcompressor": "llmcompressor", "onnxruntime": "onnxruntime", "aimet": "aimet-onnx"}
+    pins = [
+        line
+        for environment, package in packages.items()
+        for line in (Path(__file__).parent / "peers" / f"{environment}.txt").read_text().splitlines()
+        if line.startswith((f"{package}==", "auto-round=="))
+    ]
+    return [pin.replace("==", " ") for pin in pins]
+
+
+def _table(rows: Sequence[Row | Peer], found: dict[str, dict[str, Any]], peers: Sequence[Peer] = ()) -> list[str]:
+    """Return a table of rows; with `peers`, KL over the best of theirs in the place of the gain over a plain choice."""
     language = any((each.get("figures") or {}).get("bits_per_byte") for each in found.values())
-    heads = ["method", "over", "KL", "gain", *(["bits a byte"] if language else []), "bits", "seconds", "peak MB"]
-    text = ["| " + " | ".join(heads) + " |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
-    for row in LISTED:
-        if row.name not in found:
-            continue
+    compared = ["KL ÷ best peer's"] if peers else ["over", "gain"]
+    heads = ["method", "KL", *compared, *(["bits a byte"] if language else []), "bits", "seconds", "peak MB"]
+    text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    theirs = [figures["kl"] for peer in peers if (figures := found[peer.name].get("figures"))]
+    for row in rows:
         figures = found[row.name].get("figures")
         if figures is None:
-            text.append(f"| {row.name} | {row.plain} | {found[row.name]['error'][0]} |" + " |" * (len(heads) - 3))
+            text.append(f"| {row.name} | {found[row.name]['error'][0]} |" + " |" * (len(heads) - 2))
             continue
-        plain = (found.get(row.plain) or {}).get("figures")
-        gain = f"{plain['kl'] / figures['kl']:.2f}" if plain and figures["kl"] > 0 else ""
-        cells = [row.name, row.plain, f"{figures['kl']:.2e}", gain]
+        cells = [row.name, f"{figures['kl']:.2e}"]
+        if peers:
+            cells.append(f"{figures['kl'] / min(theirs):.2f}" if theirs else "")
+        else:
+            over = row.plain if isinstance(row, Row) else ""
+            plain = (found.get(over) or {}).get("figures")
+            cells += [over, f"{plain['kl'] / figures['kl']:.2f}" if plain and figures["kl"] > 0 else ""]
         cells += [f"{figures['bits_per_byte']:.4f}"] if language else []
         cells += [f"{figures['bits']:.2f}", f"{figures['seconds']:.0f}", f"{figures['peak_bytes'] / 1e6:.0f}"]
         text.append("| " + " | ".join(cells) + " |")
-    dates = sorted({each["date"] for each in found.values()})
-    commits = sorted({each["commit"] for each in found.values()})
+    dates = sorted({found[row.name]["date"] for row in rows})
+    commits = sorted({found[row.name]["commit"] for row in rows})
     return [*text, "", f"{' to '.join(dict.fromkeys([dates[0], dates[-1]]))}, commit {', '.join(commits)}."]
 
 
