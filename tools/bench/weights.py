@@ -335,8 +335,8 @@ def tables() -> str:
         "Written by `tools/bench/weights.py --docs docs/weights.md`. KL to the float model on held-out data, in nats;",
         "*gain*: the KL of the plain choice that the method improves on, over its own (below 1: no gain here).",
         "Bits are those of the quantized weights, with everything that is stored beside codes. Seconds and peak memory",
-        f"are of the whole run, on {last['machine']['cpu']}, {last['machine'].get('cores', 2)} cores, for most rows two",
-        "at a time, a thread each.",
+        f"are of the whole run, on {last['machine']['cpu']}, {last['machine'].get('cores', 2)} cores, most rows",
+        "measured two at a time with a thread each.",
     ]
     for task in TASKS:
         for bits in WIDTHS:
