@@ -122,6 +122,7 @@ def main() -> None:
     started = time.perf_counter()
     beside = METHODS[job["method"]](model, tokens, job["bits"], job["group_size"])
     seconds = time.perf_counter() - started
+    model.float()  # AutoRound leaves some of it in bfloat16
     with torch.no_grad():
         save_file({"logits": torch.cat([model(input_ids=row[None]).logits for row in heldout]).float()}, job["output"])
     result = {"bits_beside": beside, "seconds": seconds, "peak_bytes": peak_bytes()}
