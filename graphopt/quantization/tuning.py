@@ -125,13 +125,17 @@ class Tuner:
     whole: bool
     steps: int
     seed: int = 0
-    gains: list[dict[str, float]] = field(default_factory=list)
-    _settled: dict[fx.Node, Tensor] = field(default_factory=dict)
+    gains: list[dict[str, float]] = field(default_factory=list, init=False)
+    _settled: dict[fx.Node, Tensor] = field(default_factory=dict, init=False)
+    _weight_of: dict[fx.Node, fx.Node] = field(init=False)
+    _outputs: frozenset[fx.Node] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._weight_of = {site: weight for weight, sites in self.weights.items() for site in sites}
+        self._outputs = frozenset(node for node in self.program.outputs if isinstance(node, fx.Node))
 
     def run(self, batches: Batches, spill: bool = False) -> None:
         """Learn from the data, read once; `spill` as in `Stream`. Raises GraphoptError where there is no batch."""
-        self._weight_of = {site: weight for weight, sites in self.weights.items() for site in sites}
-        self._outputs = frozenset(node for node in self.program.outputs if isinstance(node, fx.Node))
         Pieces(self.program, list(self._weight_of), batches, self.progress, self.whole, spill).run(self._learn)
 
     def _learn(self, piece: Piece) -> Mapping[fx.Node, Tensor]:

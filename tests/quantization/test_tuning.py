@@ -168,3 +168,17 @@ def test_needs_data() -> None:
     program = capture(Chosen().eval(), rows()[0])
     with pytest.raises(GraphoptError, match="calibration"):
         run_passes(program, [QuantizeWeights(**NEAREST, tune="model")], Context(targets.EXACT))
+
+
+def test_nothing_to_gain() -> None:
+    """Weights that are on the grid already: every term is zero from the start, and nothing moves."""
+    torch.manual_seed(0)
+    module, batches = nn.Linear(16, 4), rows(2)
+    with torch.no_grad():
+        module.weight.copy_(torch.randint(-7, 8, (4, 16)) / 16)
+        module.weight[:, 0] = 7 / 16
+    options = {"grid": "int4", "group_size": 0, "symmetric": True, **NEAREST}
+    program, after, trace = optimized(module, batches, QuantizeWeights(**options, tune="model", tune_steps=5))
+    (x,) = batches[0]
+    torch.testing.assert_close(after(x), program(x))
+    assert trace["quantize_weights"].facts["tuned"] == [{}]
