@@ -116,11 +116,12 @@ class Gram:
         return damped(self.mean, torch.maximum(self.shrinkage(), self.weight.new_tensor(least)))
 
     def shrinkage(self) -> Tensor:
-        """Return d [P] such that H + d mean(diag H) I is about as near to the H of all data as the inputs seen allow.
+        """Return d [P] for which H + d mean(diag H) I is about as near to the H of all data as few inputs allow.
 
-        With r = (tr H)^2 / tr H^2 directions in use and n inputs it is about r / n: 0.001 for a layer that has seen a
-        text, 0.3 for one that has seen a sentence. n counts weighted inputs as (sum r_t)^2 / sum r_t^2; at most 1
-        ("Shrinkage Algorithms for MMSE Covariance Estimation", the OAS estimate).
+        With r = (tr H)^2 / tr H^2 directions in use and n inputs that is about r / n ("Shrinkage Algorithms for MMSE
+        Covariance Estimation", the OAS estimate), at most 1. It is what rounding wants while n is at most half of K;
+        with K inputs or more it wants next to nothing, as small eigenvalues are known by then, which that estimate
+        does not look at: d falls to 0 in between. n counts weighted inputs as (sum r_t)^2 / sum r_t^2.
         """
         mean, size = self.mean, max(self.inputs, 1)
         trace = mean.diagonal(dim1=-2, dim2=-1).sum(-1).square()
@@ -128,7 +129,7 @@ class Gram:
         n = self.weight.square() / self.squares.clamp(min=torch.finfo(torch.float64).tiny)
         above, below = (1 - 2 / size) * square + trace, (n + 1 - 2 / size) * (square - trace / size)
         share = torch.where(below > 0, above / below, 0.0).clamp(0, 0.5)  # H a multiple of I needs none
-        return share / (1 - share)
+        return share / (1 - share) * (2 - 2 * n / size).clamp(0, 1)
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
         """Return W' [P, K, R] for W [P, K, R]: the weight that makes the most of the changed inputs."""

@@ -4,8 +4,9 @@
     tools/bench/layer.py                    4096 x 4096, 4 bits in groups of 128, five runs of each in turn
     tools/bench/layer.py --size 2048
 
-Both get the same weight and the same Gram matrix, damp it alike, and take their inputs in the order of its diagonal.
-The error is tr E H E^T over tr W H W^T. Ours fits ranges on the way; of the peer's time only the rounding counts.
+Both get the same weight and the same inputs, twice as many as the layer has, and take these in the order of the Gram
+matrix's diagonal. The error is tr E H E^T over tr W H W^T, H that of all inputs that could have been drawn. Ours fits
+ranges on the way; of the peer's time only the rounding counts.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
                 made = load_file(output)
                 seconds[name].append(float(made["seconds"]))
                 error = weight - made["weight"]
-                left[name] = float((error @ hessian * error).sum() / (weight @ hessian * weight).sum())
+                left[name] = float((error @ mix.T).square().sum() / (weight @ mix.T).square().sum())
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     found = machine.describe()
     print(f"{given.size} x {given.size}, {given.bits} bits, groups of {given.group}, {found['cpu']}")
