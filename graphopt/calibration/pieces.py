@@ -35,7 +35,7 @@ class Piece:
     exits: Sequence[fx.Node]
     count: int
     _owner: Pieces
-    _stage: int
+    _steps: Sequence[fx.Node]
 
     def batches(self, order: Sequence[int] | None = None) -> Iterator[tuple[Lane, dict[fx.Node, Tensor]]]:
         """Yield what the piece reads, and its targets by exit, for every batch or for those of `order`."""
@@ -47,7 +47,7 @@ class Piece:
     def outputs(self, lane: Lane, changed: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
         """Return the exits for other weights, by site; gradients reach these."""
         values = dict(lane)
-        for node in self._owner.steps(self._stage):
+        for node in self._steps:
             value = self._owner.call(node, values, {}, changed)
             if (plain := unquantized(node)) is not None:  # straight through
                 value = values[plain.name] + (value - values[plain.name]).detach()
@@ -107,7 +107,7 @@ class Pieces(Staged):
                     sites = [node for node in steps if node in self._sites]
                     if sites and exits:
                         self._aim(steps, exits)
-                        self.changed |= learn(Piece(sites, exits, len(self.store), self, stage))
+                        self.changed |= learn(Piece(sites, exits, len(self.store), self, steps))
                     self._go_on(stage)
                     release_freed()
                     shown.advance()

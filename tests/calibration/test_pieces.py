@@ -67,12 +67,9 @@ def towers() -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
 def test_every_site_once_between_what_changed_and_what_should_come_out(make: Any, whole: bool, spill: bool) -> None:
     module, batches = make()
     program = capture(module.eval(), batches[0])
-    changed = program.map_weights(lambda name, weight: weight * 0.5 if weight.dim() > 1 else weight)
     sites = sites_of(program)
-    halved = {arguments(site)["weight"] for site in sites}
-    changed = program.map_weights(
-        lambda name, weight: weight * 0.5 if name in {str(each.target) for each in halved} else weight
-    )
+    halved = {str(arguments(site)["weight"].target) for site in sites}
+    changed = program.map_weights(lambda name, weight: weight * 0.5 if name in halved else weight)
     seen: list[fx.Node] = []
     checked = 0
 
