@@ -118,11 +118,14 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     given = load_file(job["weights"])
     tokens, heldout = given.pop("calibration"), given.pop("heldout")
-    model = decoder(job["sizes"], given, Path(job["output"]).parent / "config")
+    folder = Path(job["output"]).parent / "config"
+    model = decoder(job["sizes"], given, folder)
     started = time.perf_counter()
     beside = METHODS[job["method"]](model, tokens, job["bits"], job["group_size"])
     seconds = time.perf_counter() - started
-    model.float()  # AutoRound leaves some of it in bfloat16
+    if job["method"].startswith("autoround"):  # it leaves hooks behind that spoil the logits, and bfloat16
+        made = {f"{name}.weight": module.weight.detach().float() for name, module in linears(model).items()}
+        model = decoder(job["sizes"], given | made, folder)
     with torch.no_grad():
         save_file({"logits": torch.cat([model(input_ids=row[None]).logits for row in heldout]).float()}, job["output"])
     result = {"bits_beside": beside, "seconds": seconds, "peak_bytes": peak_bytes()}
