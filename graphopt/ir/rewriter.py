@@ -217,6 +217,14 @@ class Rewriter:
         self._rewired[node] = None
         self.changes.edits.append(Edit("rewired", node.name, ", ".join(arguments), self.rule))
 
+    def retarget(self, node: fx.Node, target: Any, *args: Any) -> None:
+        """Make a call one of another operator; what it gives is derived again when the pass finishes."""
+        before = operator(node)
+        node.target, node.args, node.kwargs = target, args, {}
+        self._stamp(node)
+        self._rewired[node] = None
+        self.changes.edits.append(Edit("rewired", node.name, f"{before} -> {operator(node)}", self.rule))
+
     def redirect(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
         """Make one user read `new` wherever it read `old`; ValueError where it does not read `old`."""
         if old not in user.all_input_nodes:

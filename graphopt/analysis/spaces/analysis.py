@@ -15,8 +15,8 @@ from torch import fx
 
 from graphopt.analysis.spaces import rules
 from graphopt.analysis.spaces.axes import Atom, Axis, Slot, leaves
-from graphopt.analysis.spaces.flow import Absorb, Contraction, Flow, trace
-from graphopt.analysis.spaces.relation import Demands, Relation, cells, spread
+from graphopt.analysis.spaces.flow import Absorb, Contraction, Flow, Outputs, trace
+from graphopt.analysis.spaces.relation import Demands, Reason, Relation, cells, spread
 from graphopt.analysis.spaces.space import Member, Read, Space
 from graphopt.analysis.spaces.symmetry import Symmetry
 from graphopt.ir.program import Program
@@ -65,6 +65,10 @@ class Analysis:
             with _collector_paused():
                 self._under[symmetry] = tuple(_spaces(self._flow, self._demands, self._places, symmetry))
         return self._under[symmetry]
+
+    def axes(self, node: fx.Node) -> Outputs:
+        """Return the axes of a node's tensor, a tuple of those of each tensor it returns, or nothing."""
+        return self._flow.axes.get(node, [])
 
     def __str__(self) -> str:
         return "\n".join(str(space) for space in self.spaces)
@@ -182,6 +186,10 @@ def _spaces(flow: Flow, demands: Demands, places: _Places, symmetry: Symmetry) -
             at = absorb.weight, absorb.dim, absorb.axis, slots
             _enter(members, relation, demands, *at, of=x, inverse=True)
             _enter(members, relation, demands, *at, of=out)
+    counted: dict[Slot, dict[Reason, None]] = {}
+    for slots, reason in demands.counts if symmetry is Symmetry.PERMUTATION else ():
+        for slot in slots:
+            counted.setdefault(relation.find(slot)[0], {})[reason] = None
     siblings = _siblings(places, relation, {root for root in members if not relation.pinned(root)})
     norms = _at_roots(relation, places.norms)
     before = _at_roots(relation, places.norms_out)
@@ -209,6 +217,7 @@ def _spaces(flow: Flow, demands: Demands, places: _Places, symmetry: Symmetry) -
                 reasons[:_FEW],
                 symmetry,
                 siblings=tuple((names[atom], atom.size[0]) for atom in beside),
+                counted=tuple(counted.get(root, ()))[:_FEW],
                 norms=tuple(norms.get(root, ())),
                 norms_before=tuple(before.get(root, ())),
                 reads=tuple(reads.get(root, ())),

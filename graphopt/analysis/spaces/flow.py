@@ -10,6 +10,7 @@ records what the operator demands:
     norm     a norm takes its statistic over an axis, and may remove the mean itself
     read     an operator contracts an axis of an activation
     mix      an operator combines the coordinates of some axes while others ride along unchanged
+    count    an operator depends on how many coordinates there are: none can be deleted
 
 Demands hold for whole axes; `relation` spreads them over the leaf slots that the axes have in the end.
 """
@@ -103,6 +104,7 @@ class Flow:
     norms: list[Norm] = field(default_factory=list)
     reads: list[Contraction] = field(default_factory=list)
     mixes: list[Mix] = field(default_factory=list)
+    counts: list[Pin] = field(default_factory=list)
     roles: list[tuple[Axis, str]] = field(default_factory=list)
     node: fx.Node = field(init=False)
 
@@ -130,6 +132,11 @@ class Flow:
     def pin_all(self, axes: Sequence[Axis], reason: str, mask: int = ALL) -> None:
         for axis in axes:
             self.pin(axis, reason, mask)
+
+    def count(self, axis: Axis, reason: str) -> None:
+        """Let no coordinate of an axis be deleted, though they may be reordered; the reason completes "<node> ..."."""
+        if axis:
+            self.counts.append(Pin(0, axis, self.node, reason))
 
     def norm(self, x: Axis, out: Axis, centers: bool) -> None:
         """Say that the node takes the statistic of a norm over an axis, and whether it removes the mean itself."""

@@ -32,6 +32,7 @@ class Demands(NamedTuple):
 
     ties: list[tuple[int, Axis, Axis, bool]]
     pins: list[tuple[int, Axis, Reason]]
+    counts: list[tuple[Axis, Reason]]
     roles: dict[Slot, dict[str, None]]
 
 
@@ -58,7 +59,8 @@ def spread(flow: Flow) -> Demands:
     for axis, role in flow.roles:
         for slot in leaves(axis):
             roles.setdefault(slot, {})[role] = None
-    return Demands(ties, pins, roles)
+    counts = [(leaves(axis), Reason(node.name, text)) for _, axis, node, text in flow.counts]
+    return Demands(ties, pins, counts, roles)
 
 
 def _converted(flow: Flow) -> Iterator[tuple[Axis, Axis]]:

@@ -71,6 +71,7 @@ class Space:
             which at least a part of its members is free.
         pins: why it cannot change under the symmetry asked for; empty where it can.
         symmetry: whose ties formed it.
+        counted: why none of the coordinates can be deleted though they can be reordered; asked of permutations alone.
         siblings: names and sizes of the atoms on whose index the change may depend (one matrix per head), in the order
             of the leading axes of `T`.
         norms: the norms that take their statistic over it. norms_before: those whose output lies in it, changed by an
@@ -84,6 +85,7 @@ class Space:
     symmetries: frozenset[str]
     pins: tuple[Reason, ...]
     symmetry: Symmetry
+    counted: tuple[Reason, ...] = ()
     siblings: tuple[tuple[str, int], ...] = ()
     norms: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
     norms_before: tuple[fx.Node, ...] = field(default=(), compare=False, repr=False)
@@ -94,6 +96,16 @@ class Space:
     @property
     def free(self) -> bool:
         return not self.pins
+
+    @property
+    def atom(self) -> Atom:
+        """The atom of a space of permutations: its coordinates, wherever they occur."""
+        return self.members[0].slots[0].atom.root
+
+    @property
+    def sibling_atoms(self) -> tuple[Atom, ...]:
+        """The atoms on whose index a change may depend, in the order of `siblings`."""
+        return self._sibling_atoms
 
     @property
     def shape(self) -> tuple[int, ...]:

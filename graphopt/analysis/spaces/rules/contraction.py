@@ -225,6 +225,7 @@ def attention(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
             flow.tie(ours, [*theirs, *fresh((repeats, ()))] if heads else theirs, 0)
         flow.pin_all([ours, key[dim], value[dim]], "is a batch of attention", LINEAR)
     flow.pin_all([query[-2], key[-2], value[-2]], "is attended over", LINEAR)
+    flow.count(key[-2], "takes the softmax over it")
     if named.get("is_causal"):
         flow.pin_all([query[-2], key[-2], value[-2]], "is masked by its order")
     mask = flow.of(named.get("attn_mask"))

@@ -13,6 +13,7 @@ from graphopt.analysis.spaces.symmetry import ALL, CENTER, DIAGONAL, LINEAR, ORT
 from graphopt.ir.arguments import operator
 
 _SUMS = ("mean", "sum")
+_ADDED_UP = (*_SUMS, "linalg_vector_norm", "norm")
 _LARGEST = ("amax", "amin", "max", "min")
 
 
@@ -33,6 +34,9 @@ def reduction(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Outputs:
     kept = [axis for dim, axis in enumerate(axes) if dim not in gone]
     name = operator(node)
     flow.pin_all(reduced, f"takes the {name} over it", LINEAR)
+    if name not in _ADDED_UP:
+        for axis in reduced:
+            flow.count(axis, f"takes the {name} over it, which is no sum of what each coordinate gives")
     passed = ALL if name in _SUMS else (DIAGONAL if name in _LARGEST else 0)
     flow.pin_all(kept, f"takes the {name} of each coordinate", LINEAR & ~passed)
     flow.mix(reduced, kept)
@@ -57,6 +61,7 @@ def softmax(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     axes = flow.of(next(iter(named.values())))
     flow.pin_all(axes, "takes the softmax", LINEAR)
     dim = named["dim"] % len(axes)
+    flow.count(axes[dim], "takes the softmax over it")
     flow.mix([axes[dim]], [axis for index, axis in enumerate(axes) if index != dim])
     return axes
 
@@ -124,6 +129,9 @@ def norm(flow: Flow, node: fx.Node, named: dict[str, Any]) -> Axes:
     affine = named["weight"] if isinstance(named.get("weight"), fx.Node) else named.get("bias")
     whose = f" with an affine ({affine.target})" if isinstance(affine, fx.Node) else ""
     needs = "fold that into its readers" if rms else "center its writers"
+    if not rms:
+        for axis in inner:
+            flow.count(axis, "is a layer norm, which takes the mean over it: center its writers")
     flow.pin_all(inner, f"is {kind}{whose}: {needs}", LINEAR & ~CENTER if not rms else LINEAR)
     flow.pin_all(out, f"writes it, {kind}{whose}", LINEAR & ~SCALES)
     if not _affine(flow, named, [*axes[:first], *out], first):
