@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from graphopt.analysis.blocks import find_blocks
 from graphopt.calibration.batches import Batches, running
-from graphopt.calibration.stream import Lane, Staged, empty_store, levels, unquantized
+from graphopt.calibration.stream import Change, Lane, Staged, empty_store, levels, unquantized
 from graphopt.ir.program import Program, is_floating
 from graphopt.memory import release_freed
 from graphopt.progress import Progress
@@ -44,7 +44,7 @@ class Piece:
             _, targets = self._owner.targets.take(index)
             yield lane, {node: targets[node.name] for node in self.exits}
 
-    def outputs(self, lane: Lane, changed: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    def outputs(self, lane: Lane, changed: Mapping[fx.Node, Change]) -> dict[fx.Node, Tensor]:
         """Return the exits for other weights, by site; gradients reach these."""
         values = dict(lane)
         for node in self._steps:
@@ -55,7 +55,7 @@ class Piece:
         return {node: values[node.name] for node in self.exits}
 
 
-Learn = Callable[[Piece], Mapping[fx.Node, Tensor]]  # a piece -> new weights of its sites
+Learn = Callable[[Piece], Mapping[fx.Node, Change]]  # a piece -> new weights of its sites
 
 
 class Pieces(Staged):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,29 @@ from graphopt.ir.program import Program
 from graphopt.memory import release_freed
 from graphopt.progress import Progress
 
-Show = Callable[[fx.Node, Tensor, Tensor | None, int], None]  # site, input, input in the exact lane, batch
-Settle = Callable[[list[fx.Node]], Mapping[fx.Node, Tensor]]  # the sites of a level -> their new weights
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a site reads of a batch.
+
+    Attributes:
+        site: the call. batch: the number of the batch.
+        x, exact: its input in either lane; `exact` is None where there is one lane.
+        beside, beside_exact: the same of the value that it will be added to, where the stream was asked for that.
+    """
+
+    site: fx.Node
+    batch: int
+    x: Tensor
+    exact: Tensor | None = None
+    beside: Tensor | None = None
+    beside_exact: Tensor | None = None
+
+
+Change = Tensor | Mapping[str, Tensor]  # a new weight, or new arguments by name
+Show = Callable[[Reading], None]
+Settle = Callable[[list[fx.Node]], Mapping[fx.Node, Change]]  # the sites of a level -> what changes of them
 Lane = dict[str, Any]
 
 
@@ -42,7 +64,7 @@ class Staged:
     Args:
         program: left as it is.
         stages: of each call; what is not among them is never run. Placeholders are there from the start.
-        sites: calls whose weights may change, `changed` has the values by call.
+        sites: calls whose weights may change, `changed` has what is new by call.
         batches: the calibration data, read once.
         exact: whether there is a second lane, in which nothing is changed.
         spill: whether to keep values between stages in files.
@@ -58,7 +80,7 @@ class Staged:
         spill: bool,
     ) -> None:
         self.program, self.stages, self.batches, self.exact = program, stages, batches, exact
-        self.changed: dict[fx.Node, Tensor] = {}
+        self.changed: dict[fx.Node, Change] = {}
         self.apart = _fed_by(program, set(sites)) if exact else set()
         self.store = empty_store(spill)
         self._needed: dict[int, set[str]] = {}
@@ -101,10 +123,10 @@ class Staged:
                     lane.pop(name, None)
                     other.pop(name, None)
 
-    def call(self, node: fx.Node, lane: Lane, shared: Lane, changed: Mapping[fx.Node, Tensor] | None = None) -> Any:
+    def call(self, node: fx.Node, lane: Lane, shared: Lane, changed: Mapping[fx.Node, Change] | None = None) -> Any:
         """Return what `node` gives for the values of a lane and, where it has none, of `shared`.
 
-        `changed` has other weights for some sites; without it, dequantize(quantize(x)) is x.
+        `changed` has other weights, or other arguments, for some sites; without it, dequantize(quantize(x)) is x.
         """
 
         def value(source: fx.Node) -> Any:
@@ -114,10 +136,10 @@ class Staged:
 
         if changed is None and (plain := unquantized(node)) is not None:
             return value(plain)
-        weight = arguments(node)["weight"] if changed and node in changed else None
+        new = _by_source(node, changed[node]) if changed and node in changed else {}
 
         def given(source: fx.Node) -> Any:
-            return changed[node] if changed and source is weight else value(source)
+            return new[source] if source in new else value(source)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -167,6 +189,7 @@ class Stream(Staged):
         progress: shows a step for each batch of each stage.
         exact: whether to run the exact lane too.
         spill: whether to keep values between stages in files.
+        beside: for some sites a value to be shown with what they read; no site feeds it that does not feed them, too.
     """
 
     def __init__(
@@ -177,8 +200,10 @@ class Stream(Staged):
         progress: Progress,
         exact: bool = False,
         spill: bool = False,
+        beside: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self._progress, self._sites = progress, set(sites)
+        self._beside = dict(beside or {})
         self._ordered = [node for node in program.graph.nodes if node in self._sites]
         self._level = levels(program, self._sites)
         self._last = max((self._level[site] for site in self._sites), default=-1)
@@ -196,19 +221,28 @@ class Stream(Staged):
         try:
             for level in range(self._last + 1):
                 ready = [site for site in self._ordered if self._level[site] == level]
-                shown = {arguments(site)["input"].name for site in ready}
+                shown = {each.name for site in ready for each in (arguments(site)["input"], self._beside.get(site)) if each}
                 with self._progress.stage(f"stage {level + 1} of {self._last + 1}", len(self.batches)) as stage:
                     for index, (lane, other) in self.lanes(level):
                         self.advance(index, level, lane, other, shown)
                         for site in ready:
-                            name = arguments(site)["input"].name
-                            show(site, lane[name], other.get(name, lane[name]) if self.exact else None, index)
+                            show(self._reading(site, index, lane, other))
                         self.keep(index, level, lane, other)
                         stage.advance()
                 release_freed()
                 self.changed.update(settle(ready))
         finally:
             self.store.clear()
+
+    def _reading(self, site: fx.Node, index: int, lane: Lane, other: Lane) -> Reading:
+        def both(node: fx.Node | None) -> tuple[Any, Any]:
+            value = None if node is None else lane[node.name]
+            return value, other.get(node.name, value) if node is not None and self.exact else None
+
+        return Reading(site, index, *both(arguments(site)["input"]), *both(self._beside.get(site)))
+
+    def _read(self, node: fx.Node) -> list[fx.Node]:
+        return [*super()._read(node), *([self._beside[node]] if node in self._beside else [])]
 
     def read_in(self, node: fx.Node) -> int:
         return self._level[node] if node in self._sites and node not in self.stages else super().read_in(node)
@@ -239,6 +273,12 @@ def unquantized(node: fx.Node) -> fx.Node | None:
         return None
     codes = arguments(node)["codes"]
     return arguments(codes)["x"] if operator(codes) == "graphopt.quantize" else None
+
+
+def _by_source(node: fx.Node, change: Change) -> dict[fx.Node, Tensor]:
+    """Return what is new of a call by the node that it stands for."""
+    named = arguments(node)
+    return {named[key]: value for key, value in ({"weight": change} if isinstance(change, Tensor) else change).items()}
 
 
 def _only(lane: Lane, names: set[str]) -> Lane:

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from graphopt.calibration import observe
-from graphopt.calibration.stream import Stream
+from graphopt.calibration.stream import Reading, Stream
 from graphopt.calibration.tokens import attention_weights, gradient_weights
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating, operator
@@ -233,11 +233,13 @@ class QuantizeWeights(LossyPass):
                     shown.all.append((site, grams[weight], counts.get(site, [])))
             observe(program, observers, batches, context.progress)
 
-        def show(site: fx.Node, x: Tensor, original: Tensor | None, batch: int) -> None:
+        def show(read: Reading) -> None:
+            site = read.site
             weight = weight_of[site]
             if weight not in shared:
                 gram = grams.get(weight) or grams.setdefault(weight, _gram(program, site, parts[weight]))
-                if update(gram, site, x, original if self.drift else None, _nth(counts.get(site, []), batch)):
+                exact = read.exact if self.drift else None
+                if update(gram, site, read.x, exact, _nth(counts.get(site, []), read.batch)):
                     weighted.add(site)
 
         def settle(sites: list[fx.Node]) -> dict[fx.Node, Tensor]:
@@ -251,8 +253,8 @@ class QuantizeWeights(LossyPass):
                     stage.advance()
             return values if self.sequential else {}
 
-        exact = self.sequential and self.drift
-        Stream(program, list(weight_of), batches, context.progress, exact, self.spill).run(show, settle)
+        both = self.sequential and self.drift
+        Stream(program, list(weight_of), batches, context.progress, both, self.spill).run(show, settle)
         weighted |= {site for shown in observers.values() for site in shown.weighted}
         without = [site.name for site in weight_of if site not in weighted and self.objective != "gram"]
         return made, without

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from graphopt import capture
 from graphopt.calibration import Batches
-from graphopt.calibration.stream import Stream
+from graphopt.calibration.stream import Reading, Stream
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program, operator
 from graphopt.ir.arguments import arguments
@@ -44,11 +44,11 @@ def streamed(
     originals: dict[str, list[Tensor | None]] = {}
     stages: list[list[str]] = []
 
-    def show(site: fx.Node, x: Tensor, original: Tensor | None, batch: int) -> None:
-        name = str(arguments(site)["weight"].target).removesuffix(".weight")
-        assert len(seen.setdefault(name, [])) == batch
-        seen[name].append(x.clone())
-        originals.setdefault(name, []).append(None if original is None else original.clone())
+    def show(read: Reading) -> None:
+        name = str(arguments(read.site)["weight"].target).removesuffix(".weight")
+        assert len(seen.setdefault(name, [])) == read.batch
+        seen[name].append(read.x.clone())
+        originals.setdefault(name, []).append(None if read.exact is None else read.exact.clone())
 
     def settle(sites: list[fx.Node]) -> dict[fx.Node, Tensor]:
         stages.append([str(arguments(site)["weight"].target).removesuffix(".weight") for site in sites])
@@ -127,10 +127,8 @@ def test_only_what_later_stages_read_is_kept() -> None:
         alive: list[weakref.ref[Tensor]] = []
         counts: list[int] = []
 
-        def show(
-            site: fx.Node, x: Tensor, original: Tensor | None, batch: int, alive: list[weakref.ref[Tensor]] = alive
-        ) -> None:
-            alive.append(weakref.ref(x))
+        def show(read: Reading, alive: list[weakref.ref[Tensor]] = alive) -> None:
+            alive.append(weakref.ref(read.x))
 
         def settle(
             sites: list[fx.Node], alive: list[weakref.ref[Tensor]] = alive, counts: list[int] = counts
@@ -143,6 +141,37 @@ def test_only_what_later_stages_read_is_kept() -> None:
         assert len(counts) == 2 * depth
         peaks[depth] = max(counts)
     assert peaks[3] == peaks[5] <= 3 * 4  # the data, the stream, and what the next stage reads
+
+
+def test_what_a_site_is_added_to_is_shown_in_both_lanes() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.down(self.up(x).relu())
+            return out
+
+    module, data = nn.Sequential(Block(), Block()).eval(), [(torch.randn(3, 4),) for _ in range(2)]
+    program = capture(module, data[0])
+    downs = {s: next(iter(s.users)) for s in sites_of(program) if "down" in str(arguments(s)["weight"].target)}
+    beside = {site: next(each for each in join.all_input_nodes if each is not site) for site, join in downs.items()}
+    seen: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def show(read: Reading) -> None:
+        if read.site in beside:
+            seen.append((read.beside, read.beside_exact))
+
+    def settle(sites: list[fx.Node]) -> dict[fx.Node, dict[str, Tensor]]:
+        return {site: {"bias": program.weight(arguments(site)["bias"]) + 1} for site in sites}
+
+    Stream(program, sites_of(program), Batches(data, program), Silent(), exact=True, beside=beside).run(show, settle)
+    shifted = capture(module, data[0]).map_weights(lambda name, w: w + 1 if name.endswith("bias") else w)
+    for index, (x,) in enumerate(data):
+        torch.testing.assert_close(seen[index], (x, x))
+        assert torch.equal(seen[2 + index][1], module[0](x))  # type: ignore[arg-type]
+        torch.testing.assert_close(seen[2 + index][0], value_at(shifted, x, "1.up.weight"))
 
 
 def test_errors_name_the_batch() -> None:

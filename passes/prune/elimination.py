@@ -1,0 +1,162 @@
+"""Which coordinates a reader can do without, and what its weights become: least squares over calibration data.
+
+A reader gives X W + b for its inputs X. Fitted to a target T over the data it has
+
+    W* = A C,    A = (X^T X + D)^-1,    C = X^T T + D W0                        D: damping, which pulls towards W0
+
+Removing the inputs g (a channel's taps, a head's columns) and fitting the rest again costs exactly
+
+    tr W_g^T (A_gg)^-1 W_g,       W <- W - A_:g (A_gg)^-1 W_g,       A <- A - A_:g (A_gg)^-1 A_g:
+
+so coordinates go one after the other, each time the one that costs least, and every step knows the error that it
+leaves ("Optimal Brain Surgeon and general network pruning", by groups of inputs instead of single weights). Several
+readers of one space add up their costs, each relative to what its target varies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphopt.quantization.objectives import damped
+
+_LEAST_DAMPING = 1e-4  # of the mean of the diagonal
+_AT_ONCE = 64  # rounds at least: what a round takes away was chosen before any of it was gone
+
+
+@dataclass(eq=False)
+class Normal:
+    """The normal equations of a reader, summed over a stream: K inputs and a constant one, R outputs.
+
+    Attributes:
+        inputs, outputs: K and R. constant: whether there is a bias to fit.
+    """
+
+    inputs: int
+    outputs: int
+    constant: bool
+    count: int = 0
+    gram: Tensor = field(init=False)
+    cross: Tensor = field(init=False)
+    total: Tensor = field(init=False)
+    squares: float = 0.0
+
+    def __post_init__(self) -> None:
+        size = self.inputs + self.constant
+        self.gram = torch.zeros(size, size, dtype=torch.float64)
+        self.cross = torch.zeros(size, self.outputs, dtype=torch.float64)
+        self.total = torch.zeros(self.outputs, dtype=torch.float64)
+
+    def update(self, x: Tensor, target: Tensor) -> None:
+        """Add rows x [T, K] and what they should give [T, R]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.constant:
+            wide = torch.cat([wide, wide.new_ones(len(wide), 1)], 1)
+        target = target.to(wide.dtype)
+        self.gram += wide.mT @ wide
+        self.cross += wide.mT @ target
+        self.total += target.sum(0)
+        self.squares += float(target.double().square().sum())
+        self.count += len(x)
+
+    @property
+    def variance(self) -> float:
+        """What the target varies around its mean, summed over outputs and rows."""
+        return max(self.squares - float(self.total.square().sum()) / max(self.count, 1), 1e-300)
+
+
+class Fit:
+    """A reader fitted to its target, from which groups of inputs are taken away.
+
+    Args:
+        normal: its equations.
+        weight: W0 [K + constant, R], what damping pulls towards.
+        labels: [K], the coordinate that each input belongs to; -1: an input that stays.
+    """
+
+    def __init__(self, normal: Normal, weight: Tensor, labels: Tensor) -> None:
+        gram = normal.gram
+        extra = damped(gram[None], _LEAST_DAMPING)[0] - gram
+        if normal.constant:
+            extra[-1, -1] = 0  # a constant is seen in every row
+        hessian = gram + extra
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        linear = normal.cross + extra.diagonal()[:, None] * weight.double()
+        self.weight = self._inverse @ linear
+        self._normal = normal
+        self._extra, self._linear = extra, linear
+        self.groups = {label: (labels == label).nonzero().flatten() for label in sorted(set(labels.tolist()) - {-1})}
+
+    def costs(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates that are left, and what removing each of them costs, relative to the variance."""
+        left = torch.tensor(list(self.groups))
+        if not len(left):
+            return left, torch.zeros(0, dtype=torch.float64)
+        index = torch.stack(list(self.groups.values()))  # [G, m]
+        blocks = self._inverse[index[:, :, None], index[:, None, :]]
+        values = self.weight[index]
+        solved = torch.linalg.solve(blocks, values)
+        return left, (values * solved).sum((1, 2)) / self._normal.variance
+
+    def remove(self, coordinates: Sequence[int]) -> None:
+        """Take coordinates away and fit what is left again."""
+        gone = [self.groups.pop(each) for each in coordinates if each in self.groups]
+        if not gone:
+            return
+        index = torch.cat(gone)
+        block = self._inverse[index][:, index]
+        column = self._inverse[:, index]
+        step = torch.linalg.solve(block, torch.cat([self.weight[index], self._inverse[index]], 1))
+        outputs = self.weight.shape[1]
+        self.weight = self.weight - column @ step[:, :outputs]
+        self._inverse = self._inverse - column @ step[:, outputs:]
+        for values in (self.weight, self._inverse):
+            values[index] = 0
+        self._inverse[:, index] = 0
+
+    def error(self) -> float:
+        """Return the squared error of the fit over the data, relative to what the target varies."""
+        normal = self._normal
+        fitted = float((self.weight * (normal.gram @ self.weight - 2 * normal.cross)).sum()) + normal.squares
+        return max(fitted, 0.0) / normal.variance
+
+
+def eliminate(fits: Sequence[Fit], coordinates: int, remove: int, fibres: int = 1) -> tuple[list[int], list[float]]:
+    """Remove coordinates from all fits that read them, each time those that cost least.
+
+    Args:
+        fits: readers of one space of `coordinates` coordinates, as many in each of `fibres` fibres, fibre after fibre.
+        remove: how many go, as many from each fibre; a multiple of `fibres`.
+
+    Returns what goes, in that order, and the sum of relative errors after each.
+    """
+    each = coordinates // fibres
+    room = torch.full((fibres,), remove // fibres)
+    gone: list[int] = []
+    errors: list[float] = []
+    start = sum(fit.error() for fit in fits)
+    while len(gone) < remove:
+        costs = torch.full((coordinates,), 0.0, dtype=torch.float64)
+        for fit in fits:
+            left, found = fit.costs()
+            costs.index_add_(0, left, found)
+        costs[torch.tensor(gone, dtype=torch.int64)] = torch.inf
+        full = (room <= 0).nonzero().flatten()
+        costs.view(fibres, each)[full] = torch.inf
+        count = max(1, (remove - len(gone)) // _AT_ONCE)
+        chosen: list[int] = []
+        for place in costs.argsort().tolist():
+            if len(chosen) == count or costs[place] == torch.inf:
+                break
+            if room[place // each] > 0:
+                room[place // each] -= 1
+                chosen.append(place)
+        for fit in fits:
+            fit.remove(chosen)
+        gone += chosen
+        after = sum(fit.error() for fit in fits) - start
+        errors += [max(after, 0.0)] * len(chosen)
+    return gone, errors
