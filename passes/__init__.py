@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.passes.fold.layer_scale import FoldLayerScale
     from graphopt.passes.fold.norm_affine import FoldNormAffine
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
+    from graphopt.passes.prune.prune import Prune
     from graphopt.passes.quantize.activations import QuantizeActivations
     from graphopt.passes.quantize.choose_schemes import ChooseSchemes
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
@@ -44,6 +45,7 @@ _MODULES = {
     "FoldWeightNorm": "fold.weight_norm",
     "MergeLinears": "transform.merge_linears",
     "Permute": "transform.permute",
+    "Prune": "prune.prune",
     "QuantizeActivations": "quantize.activations",
     "QuantizeDynamic": "quantize.dynamic",
     "QuantizeEmbedding": "quantize.embedding",
@@ -57,9 +59,9 @@ _MODULES = {
 
 __all__ = [
     "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm",
-    "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "QuantizeActivations",
-    "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats", "Rotate", "Smooth",
-    "SplitLinears",
+    "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
+    "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats",
+    "Rotate", "Smooth", "SplitLinears",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ ONNXRUNTIME_CPU = Target(
     backend="onnx",
     saturates_pairs=saturates_pairs(),
     measurable=True,
+    width_multiple=16,
     activation_format="uint8",
     weight_format="int8",
     bias_format="int32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,26 +94,33 @@ def macs(program: Program) -> int:
     return sum(node_macs(node) for node in program.graph.nodes if node.op == "call_function")
 
 
-def node_macs(node: fx.Node) -> int:
-    """Return the multiply-accumulates of one call; zero for operators that are not products."""
+Shape = Callable[[fx.Node], list[int]]
+
+
+def node_macs(node: fx.Node, shape: Shape | None = None) -> int:
+    """Return the multiply-accumulates of one call; zero for operators that are not products.
+
+    `shape` gives the sizes of a value where they are to be others than the program's.
+    """
+    shape = shape or shape_of
     name = operator(node)
     if name.startswith("conv_transpose"):
-        weight = _shape(arguments(node)["weight"])  # [in, out / groups, *kernel]
-        return math.prod(_shape(arguments(node)["input"])) * math.prod(weight[1:])
+        weight = shape(arguments(node)["weight"])  # [in, out / groups, *kernel]
+        return math.prod(shape(arguments(node)["input"])) * math.prod(weight[1:])
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
-        weight = _shape(arguments(node)["weight"])  # [out, in / groups, *kernel]
-        return math.prod(_shape(node)) * math.prod(weight[1:])
+        weight = shape(arguments(node)["weight"])  # [out, in / groups, *kernel]
+        return math.prod(shape(node)) * math.prod(weight[1:])
     if name == "linear":
-        return math.prod(_shape(node)) * _shape(arguments(node)["weight"])[-1]
+        return math.prod(shape(node)) * shape(arguments(node)["weight"])[-1]
     if name in ("mm", "bmm", "matmul"):
-        return math.prod(_shape(node)) * _shape(node.args[0])[-1]
+        return math.prod(shape(node)) * shape(node.args[0])[-1]
     if name in ("addmm", "baddbmm"):
-        return math.prod(_shape(node)) * _shape(node.args[1])[-1]
+        return math.prod(shape(node)) * shape(node.args[1])[-1]
     if name == "scaled_dot_product_attention":
-        query, key, value = (_shape(arguments(node)[key]) for key in ("query", "key", "value"))
+        query, key, value = (shape(arguments(node)[key]) for key in ("query", "key", "value"))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if name == "graphopt.hadamard":
-        return math.prod(_shape(node)) * _hadamard_macs(node)
+        return math.prod(shape(node)) * _hadamard_macs(node)
     return 0
 
 
@@ -124,7 +132,8 @@ def _hadamard_macs(node: fx.Node) -> int:
     return sum(math.prod(group) for group in stages(order, k)[:-1]) + math.prod(stages(order, k)[-1]) * k
 
 
-def _shape(node: Any) -> list[int]:
+def shape_of(node: Any) -> list[int]:
+    """Return the sizes of a node's tensor, symbolic ones as the example had them."""
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return [size_hint(size) for size in value.shape]

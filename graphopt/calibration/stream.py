@@ -33,7 +33,6 @@ from graphopt.memory import release_freed
 from graphopt.progress import Progress
 
 
-
 @dataclass(frozen=True)
 class Reading:
     """What a site reads of a batch.
@@ -221,7 +220,8 @@ class Stream(Staged):
         try:
             for level in range(self._last + 1):
                 ready = [site for site in self._ordered if self._level[site] == level]
-                shown = {each.name for site in ready for each in (arguments(site)["input"], self._beside.get(site)) if each}
+                seen = [each for site in ready for each in (arguments(site)["input"], self._beside.get(site))]
+                shown = {each.name for each in seen if each is not None}
                 with self._progress.stage(f"stage {level + 1} of {self._last + 1}", len(self.batches)) as stage:
                     for index, (lane, other) in self.lanes(level):
                         self.advance(index, level, lane, other, shown)

@@ -32,6 +32,7 @@ class Context:
         measure: times programs of the same inputs against each other on the target; None where nothing can be timed.
         journal: remembers measurements that decide something, over interruptions too.
         budget: what must hold of the result.
+        original: the captured program, to which the ratios of the budget refer; None where there is no run.
         seed: of every random choice.
         progress: shows long work.
         strict: raise when an exact pass changes the function, instead of dropping its changes (for tests).
@@ -44,6 +45,7 @@ class Context:
     measure: Callable[[Mapping[str, Program]], dict[str, Profile]] | None = None
     journal: Journal = field(default_factory=Journal)
     budget: Budget = field(default_factory=Budget)
+    original: Program | None = None
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     strict: bool = False

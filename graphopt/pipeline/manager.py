@@ -48,6 +48,8 @@ def run_passes(
         GraphoptError: a mistake of the user that a pass found.
         PassError: a lossy pass failed, or a pass wrote into a weight in place, which cannot be undone.
     """
+    if context.original is None:
+        context.original = program
     run = _Run(program, context, trace if trace is not None else Trace())
     if not run.trace.records:
         run.trace.records.append(_capture_record(program))

@@ -2,8 +2,8 @@
 
 from graphopt.analysis.spaces.analysis import Analysis, analyze
 from graphopt.analysis.spaces.relation import Reason
-from graphopt.analysis.spaces.selection import Selection
+from graphopt.analysis.spaces.selection import Selection, Widths
 from graphopt.analysis.spaces.space import Member, Read, Space
 from graphopt.analysis.spaces.symmetry import Symmetry
 
-__all__ = ["Analysis", "Member", "Read", "Reason", "Selection", "Space", "Symmetry", "analyze"]
+__all__ = ["Analysis", "Member", "Read", "Reason", "Selection", "Space", "Symmetry", "Widths", "analyze"]

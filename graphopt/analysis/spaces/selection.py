@@ -20,7 +20,33 @@ from graphopt.analysis.spaces.space import Space
 from graphopt.analysis.spaces.symmetry import Symmetry
 
 
-class Selection:
+class Widths:
+    """How many coordinates of some spaces stay, and what sizes that gives.
+
+    Attributes:
+        widths: by space of permutations, the number that stays in each fibre.
+    """
+
+    def __init__(self, widths: Mapping[Space, int]) -> None:
+        self.widths = dict(widths)
+        self._width = {space.atom: width for space, width in widths.items() if width < space.size}
+
+    def touches(self, axis: Axis) -> bool:
+        """Return whether the axis loses coordinates."""
+        return any(slot.atom.root in self._width for slot in leaves(axis))
+
+    def size(self, axis: Axis) -> Size:
+        """Return the size of what is left of an axis."""
+        return product(self._slot_size(slot) for slot in written(axis))
+
+    def _slot_size(self, slot: Slot) -> Size:
+        root = slot.atom.root
+        if root.parts is not None:
+            return sum(self.size(part)[0] for part in parts_of(slot)), ()
+        return (self._width[root], ()) if root in self._width else root.size
+
+
+class Selection(Widths):
     """The coordinates of some spaces that stay.
 
     Attributes:
@@ -33,6 +59,7 @@ class Selection:
 
     def __init__(self, kept: Mapping[Space, Tensor]) -> None:
         self.kept = {space: _checked(space, indices) for space, indices in kept.items()}
+        super().__init__({space: indices.shape[-1] for space, indices in self.kept.items()})
         fewer = {space: indices for space, indices in self.kept.items() if indices.shape[-1] < space.size}
         self._of = {space.atom: (space.sibling_atoms, indices) for space, indices in fewer.items()}
         self._order = self._dependents_first()
@@ -49,20 +76,6 @@ class Selection:
             names = [space.name for space in self.kept if space.atom in error.args[1]]
             raise ValueError(f"what is kept of {' and '.join(names)} may differ along one of them, not both") from None
         return {atom: -place for place, atom in enumerate(ahead)}
-
-    def touches(self, axis: Axis) -> bool:
-        """Return whether the axis loses coordinates."""
-        return any(slot.atom.root in self._of for slot in leaves(axis))
-
-    def size(self, axis: Axis) -> Size:
-        """Return the size of what is left of an axis."""
-        return product(self._slot_size(slot) for slot in written(axis))
-
-    def _slot_size(self, slot: Slot) -> Size:
-        root = slot.atom.root
-        if root.parts is not None:
-            return sum(self.size(part)[0] for part in parts_of(slot)), ()
-        return (self._of[root][1].shape[-1], ()) if root in self._of else root.size
 
     def take(self, axes: Sequence[Axis], values: Tensor) -> Tensor:
         """Return what is left of a tensor with these axes.

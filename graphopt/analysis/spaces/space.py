@@ -21,6 +21,7 @@ class Member:
         weight: the tensor's name. axis: which of its axes. node: who reads it from the program.
         role: what operators do with it: writes, reads, scale, bias, table, mean, variance; several joined by a comma.
         dual: whether it undergoes the inverse transpose of the space's change.
+        slots: where in it the space lies. whole: all of it.
         layout: the axis as it is composed, slowest first, the space itself in brackets: `2 x 3 x [8]`.
     """
 
@@ -30,11 +31,11 @@ class Member:
     dual: bool
     node: fx.Node = field(compare=False, repr=False)
     slots: tuple[Slot, ...] = field(compare=False, repr=False)
-    _whole: Axis = field(compare=False, repr=False)
+    whole: Axis = field(compare=False, repr=False)
 
     @property
     def layout(self) -> str:
-        return _layout(self._whole, self.slots)
+        return _layout(self.whole, self.slots)
 
     def __str__(self) -> str:
         return f"{self.weight}[{self.axis}] {self.role or 'used'}{' (dual)' if self.dual else ''}: {self.layout}"

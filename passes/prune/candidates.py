@@ -1,0 +1,155 @@
+"""Which spaces can lose coordinates, and who reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.blocks import find_blocks
+from graphopt.analysis.cost import node_macs, shape_of
+from graphopt.analysis.spaces import Analysis, Space, Widths
+from graphopt.analysis.spaces.axes import axis_size, leaves
+from graphopt.ir import Program, arguments, operator
+from graphopt.passes.prune.deletion import Deletion, Undeletable
+from graphopt.quantization.matrices import to_matrix
+
+_READERS = ("linear", "conv1d", "conv2d", "conv3d")
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A linear or a convolution that contracts a space by a weight of its own.
+
+    Attributes:
+        site: the call.
+        labels: int64 [P, K], which coordinate (fibre after fibre) each input of its matrix holds; -1: none.
+    """
+
+    site: fx.Node
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A space that can lose coordinates.
+
+    Attributes:
+        space: which.
+        readers: who contracts it by weights.
+        others: operators that contract it with another activation.
+    """
+
+    space: Space
+    readers: tuple[Reader, ...]
+    others: tuple[fx.Node, ...]
+
+    @property
+    def coordinates(self) -> int:
+        """How many there are, of all fibres together."""
+        return self.space.size * self.fibres
+
+    @property
+    def fibres(self) -> int:
+        return math.prod(self.space.fibres)
+
+    @property
+    def where(self) -> fx.Node:
+        """A weight that holds it, for records."""
+        return next((m.node for m in self.space.members if "writes" in m.role), self.space.members[0].node)
+
+
+def find_candidates(
+    program: Program, analysis: Analysis, residual: bool, decline: Callable[[Space, str], None]
+) -> list[Candidate]:
+    """Return the spaces that can lose coordinates; `decline` hears of each other that a user might think of."""
+    streams = _streams(program, analysis)
+    found = []
+    for space in analysis.under("permutation"):
+        if space.size < 2 or not any("writes" in member.role for member in space.members):
+            continue
+        if reason := _refusal(analysis, space, None if residual else streams):
+            decline(space, reason)
+            continue
+        weights = [read for read in space.reads if _reads_by_weight(program, read.node, read.partner)]
+        sites = dict.fromkeys(read.node for read in weights)
+        readers = [Reader(site, _labels(space, site)) for site in sites]
+        others = dict.fromkeys(read.node for read in space.reads if read not in weights)
+        found.append(Candidate(space, tuple(readers), tuple(others)))
+    return found
+
+
+def _refusal(analysis: Analysis, space: Space, streams: set[object] | None) -> str:
+    if space.pins:
+        return f"{space.name} cannot lose coordinates: {space.pins[0]}"
+    if space.counted:
+        return f"{space.name} cannot lose coordinates: {space.counted[0]}"
+    if streams is not None and space.atom in streams:
+        return f"{space.name} is a residual stream, which every block reads; give residual=True to prune it"
+    try:
+        Deletion(analysis, {space: torch.arange(space.size - 1)})
+    except Undeletable as error:
+        return f"{space.name} cannot lose coordinates: {error}"
+    return ""
+
+
+def _streams(program: Program, analysis: Analysis) -> set[object]:
+    """Return the atoms on the axes of values where residual branches join."""
+    found: set[object] = set()
+    for branch in find_blocks(program).branches:
+        axes = analysis.axes(branch.join)
+        if isinstance(axes, list):
+            found |= {slot.atom.root for axis in axes for slot in leaves(axis)}
+    return found
+
+
+def _reads_by_weight(program: Program, site: fx.Node, partner: fx.Node) -> bool:
+    return operator(site) in _READERS and partner.op == "get_attr" and arguments(site)["weight"] is partner
+
+
+def _labels(space: Space, site: fx.Node) -> Tensor:
+    """Return the coordinate of every input of a reader's matrix [P, K]."""
+    weight = arguments(site)["weight"]
+    shape = shape_of(weight)
+    labels = torch.full(shape, -1)
+    numbers = torch.arange(space.size * math.prod(space.fibres)).reshape(*space.fibres, space.size)
+    for member in space.members:
+        if member.node is weight and "reads" in member.role:
+            for view in space.views(member, labels):
+                view.copy_(numbers.expand(view.shape))
+    return to_matrix(labels, site)[:, :, 0]
+
+
+class Costs:
+    """Multiply-accumulates and parameters of a program of which spaces lose coordinates, counted without rewriting it."""
+
+    def __init__(self, program: Program, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._products = [
+            node for node in program.graph.nodes if node.op == "call_function" and node_macs(node)
+        ]
+        self._weights = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
+
+    def macs(self, widths: Mapping[Space, int]) -> int:
+        shape = self._shape(Widths(widths))
+        return sum(node_macs(node, shape) for node in self._products)
+
+    def parameters(self, widths: Mapping[Space, int]) -> int:
+        shape = self._shape(Widths(widths))
+        return sum(math.prod(shape(node)) for node in self._weights.values())
+
+    def _shape(self, widths: Widths) -> Callable[[fx.Node], list[int]]:
+        def shape(node: fx.Node) -> list[int]:
+            sizes, axes = shape_of(node), self._analysis.axes(node)
+            if not isinstance(axes, list) or len(axes) != len(sizes):
+                return sizes
+            # A symbolic factor is what the example had of it.
+            return [
+                size * widths.size(axis)[0] // max(axis_size(axis)[0], 1) if widths.touches(axis) else size
+                for size, axis in zip(sizes, axes, strict=True)
+            ]
+
+        return shape

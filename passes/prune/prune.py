@@ -1,0 +1,309 @@
+"""Prune widths: channels, neurons, heads and their dimensions go, and what reads them is fitted to do without.
+
+    y = W2 f(W1 x)      ->   y' = W2' f(W1[K] x),     W2' = argmin |W2' h'[K] - y|^2 over the calibration data
+
+Any space whose coordinates can be deleted is a candidate (`graphopt.passes.prune.deletion` says what that means for
+norms, groups and attention); residual streams only on demand. How many coordinates of each stay follows from a ratio
+for all, or from a budget over all of them together; which ones, from a criterion. Then, layer after layer, each reader
+is solved anew on what the pruned layers before it give, against what the original gave: where it is added to a residual
+stream, against the original sum, so that it also takes back what the stream has drifted.
+
+Lossy. The result is a smaller dense graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from graphopt.analysis import macs, parameters
+from graphopt.analysis.spaces import Analysis, Space, analyze
+from graphopt.calibration.stream import Change, Reading, Stream, levels
+from graphopt.errors import GraphoptError
+from graphopt.ir import Changes, Program, Rewriter, arguments, operator
+from graphopt.passes.prune.allocation import Bound, Widths, admissible, allocate
+from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_candidates
+from graphopt.passes.prune.deletion import Deletion
+from graphopt.passes.prune.elimination import Fit, Normal, eliminate
+from graphopt.pipeline import Context, LossyPass
+from graphopt.quantization.matrices import from_matrix, patches, to_matrix
+
+Criterion = Literal["reconstruction"]
+
+
+@dataclass(frozen=True)
+class Prune(LossyPass):
+    """Prune widths.
+
+    Attributes:
+        ratio: the share of each space that goes; None: what the budget's macs_ratio, params_ratio and size_ratio ask
+            for, shared out among the spaces by what it costs each.
+        criterion: by which coordinates go. reconstruction: backward elimination, by the error that a reader fitted
+            anew leaves.
+        floor: share of each space that stays at least.
+        multiple: widths are multiples of it where that leaves a choice; 0: of what the target's kernels like.
+        residual: prune residual streams, too.
+        spill: keep activations in files between stages.
+    """
+
+    requires = ("canonicalize",)
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    criterion: Criterion = "reconstruction"
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    multiple: Annotated[int, Field(ge=0)] = 0
+    residual: bool = False
+    spill: bool = False
+
+    def run(self, program: Program, context: Context) -> Changes:
+        rewriter = Rewriter(program, self.name)
+        analysis = analyze(program)
+        candidates = self._candidates(program, analysis, rewriter)
+        widths, missed = self._widths(program, analysis, candidates, context)
+        chosen = [each for each in candidates if widths[each.space] < each.space.size]
+        if chosen:
+            solver = _Solver(program, chosen, widths, context, self.spill)
+            Deletion(analysis, solver.kept).apply(rewriter, solver.values)
+            for each in chosen:
+                kept = widths[each.space]
+                rewriter.touch(each.where, f"{each.space.name}: {kept} of {each.space.size} coordinates stay")
+            rewriter.note(widths={each.space.name: [each.space.size, widths[each.space]] for each in chosen})
+            rewriter.note(relative_errors=solver.errors)
+        elif not candidates:
+            rewriter.decline("program", "it has no width that can be pruned")
+        if missed:
+            rewriter.decline("program", f"{', '.join(missed)} cannot be met: every width that is left has a reason")
+        return rewriter.finish()
+
+    def _candidates(self, program: Program, analysis: Analysis, rewriter: Rewriter) -> list[Candidate]:
+        def decline(space: Space, reason: str) -> None:
+            rewriter.decline(space.members[0].weight, reason)
+
+        found = []
+        for each in find_candidates(program, analysis, self.residual, decline):
+            if reason := self.refusal(program, each.where):
+                decline(each.space, reason)
+            elif each.others or not each.readers:
+                decline(each.space, f"{each.space.name} has readers without weights to fit")
+            else:
+                found.append(each)
+        return found
+
+    def _widths(
+        self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
+    ) -> tuple[Widths, list[str]]:
+        """Return the width of every candidate and the bounds that cannot be met."""
+        allowed = {
+            each.space: admissible(each, self.multiple or context.target.width_multiple, self.floor)
+            for each in candidates
+        }
+        if self.ratio is not None:
+            wanted = {space: space.size * (1 - self.ratio) for space in allowed}
+            return {space: min(each, key=lambda w: abs(w - wanted[space])) for space, each in allowed.items()}, []
+        bounds = _bounds(program, analysis, context)
+        if not bounds:
+            raise GraphoptError(
+                f"{self.name} needs to know how much goes: give a budget with macs_ratio, params_ratio or size_ratio, "
+                "or prune(ratio=...)"
+            )
+        if all(bound.of({}) <= bound.limit for bound in bounds) or not candidates:
+            return {space: space.size for space in allowed}, [b.name for b in bounds if b.of({}) > b.limit]
+        errors = _curves(program, candidates, allowed, context, self.spill)
+        return allocate(candidates, errors, allowed, bounds)
+
+
+def _bounds(program: Program, analysis: Analysis, context: Context) -> list[Bound]:
+    costs, budget = Costs(program, analysis), context.budget
+    original = context.original or program
+    bounds = []
+    if budget.macs_ratio is not None:
+        bounds.append(Bound("budget.macs_ratio", budget.macs_ratio * macs(original), costs.macs))
+    for name in ("params_ratio", "size_ratio"):
+        if (ratio := getattr(budget, name)) is not None:
+            bounds.append(Bound(f"budget.{name}", ratio * parameters(original), costs.parameters))
+    return bounds
+
+
+def _curves(
+    program: Program,
+    candidates: Sequence[Candidate],
+    allowed: Mapping[Space, Sequence[int]],
+    context: Context,
+    spill: bool,
+) -> dict[Space, list[float]]:
+    """Return by space the error for 0, 1, 2 ... coordinates gone of each fibre, each space pruned by itself."""
+    readers = {reader.site: reader for each in candidates for reader in each.readers}
+    equations: dict[fx.Node, list[Normal]] = {}
+    errors: dict[Space, list[float]] = {}
+    waiting = {each.space: {reader.site for reader in each.readers} for each in candidates}
+
+    def show(read: Reading) -> None:
+        _update(program, equations, read.site, read.x, read.x, None)
+
+    def settle(sites: list[fx.Node]) -> dict[fx.Node, Change]:
+        for each in candidates:
+            left = waiting[each.space]
+            left -= set(sites)
+            if left or each.space in errors or not left.isdisjoint(sites):
+                continue
+            fits = [fit for reader in each.readers for fit in _fits(program, reader, equations[reader.site])]
+            most = each.space.size - allowed[each.space][-1]
+            _, found = eliminate(fits, each.coordinates, most * each.fibres, each.fibres)
+            errors[each.space] = [0.0, *found[each.fibres - 1 :: each.fibres]]
+        for site in sites:
+            if all(site not in {r.site for r in each.readers} or each.space in errors for each in candidates):
+                equations.pop(site)
+        return {}
+
+    Stream(program, list(readers), context.needed_calibration("prune"), context.progress, spill=spill).run(show, settle)
+    return errors
+
+
+class _Solver:
+    """Chooses what stays and fits the readers to it, layer after layer.
+
+    Attributes:
+        kept: by space, the indices that stay.
+        values: new weights and biases, by the node that reads them, of the old size with zeros where nothing is read.
+        errors: by reader, the squared error that the fit leaves, relative to what its target varies.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        candidates: Sequence[Candidate],
+        widths: Mapping[Space, int],
+        context: Context,
+        spill: bool,
+    ) -> None:
+        self.program = program
+        self.kept: dict[Space, Tensor] = {}
+        self.values: dict[fx.Node, Tensor] = {}
+        self.errors: dict[str, float] = {}
+        self._widths = widths
+        self._of: dict[fx.Node, list[tuple[Candidate, Reader]]] = {}
+        for each in candidates:
+            for reader in each.readers:
+                self._of.setdefault(reader.site, []).append((each, reader))
+        self._equations: dict[fx.Node, list[Normal]] = {}
+        beside = _joined(program, list(self._of))
+        batches = context.needed_calibration("prune")
+        Stream(program, list(self._of), batches, context.progress, True, spill, beside).run(self._show, self._settle)
+
+    def _show(self, read: Reading) -> None:
+        drift = None if read.beside is None or read.beside_exact is None else read.beside_exact - read.beside
+        _update(self.program, self._equations, read.site, read.x, read.exact, drift)
+
+    def _settle(self, sites: list[fx.Node]) -> dict[fx.Node, Change]:
+        changed: dict[fx.Node, Change] = {}
+        for site in sites:
+            normals = self._equations.pop(site)
+            for each, reader in self._of[site]:
+                if each.space not in self.kept:
+                    self._choose(each, _fits(self.program, reader, normals))
+            gone = torch.zeros_like(self._of[site][0][1].labels, dtype=torch.bool)
+            for each, reader in self._of[site]:
+                gone |= ~_stays(each, self.kept[each.space])[reader.labels] & (reader.labels >= 0)
+            changed[site] = self._solve(site, normals, gone)
+        return changed
+
+    def _choose(self, each: Candidate, fits: Sequence[Fit]) -> None:
+        width, size = self._widths[each.space], each.space.size
+        gone, _ = eliminate(fits, each.coordinates, (size - width) * each.fibres, each.fibres)
+        stays = torch.ones(each.coordinates, dtype=torch.bool)
+        stays[torch.tensor(gone, dtype=torch.int64)] = False
+        self.kept[each.space] = stays.view(each.fibres, size).nonzero()[:, 1].view(*each.space.fibres, width)
+
+    def _solve(self, site: fx.Node, normals: Sequence[Normal], gone: Tensor) -> dict[str, Tensor]:
+        named = arguments(site)
+        weight, bias = named["weight"], named.get("bias")
+        rows, left = [], 0.0
+        for fit, out in zip(_fits(self.program, Reader(site, gone.long() - 1), normals), gone, strict=True):
+            if bool(out.any()):
+                fit.remove([0])
+            rows.append(fit.weight)
+            left += fit.error()
+        self.errors[site.name] = left / len(normals)
+        solved = torch.stack(rows)  # [P, K + constant, R]
+        inputs = gone.shape[1]
+        changed = {"weight": from_matrix(solved[:, :inputs], self.program.weight(weight))}
+        if bias is not None:
+            like = self.program.weight(bias)
+            changed["bias"] = solved[:, -1].reshape(like.shape).to(like.dtype)
+        for name, value in changed.items():
+            self.values[named[name]] = value
+        return changed
+
+
+def _stays(each: Candidate, kept: Tensor) -> Tensor:
+    """Return bool [coordinates], fibre after fibre."""
+    stays = torch.zeros(each.fibres, each.space.size, dtype=torch.bool)
+    return stays.scatter(1, kept.expand(*each.space.fibres, kept.shape[-1]).reshape(each.fibres, -1), True).flatten()
+
+
+def _joined(program: Program, sites: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return what the output of a site is added to, where that is there by the time the site is reached."""
+    level, found = levels(program, set(sites)), {}
+    for site in sites:
+        users = list(site.users)
+        if len(users) != 1 or operator(users[0]) != "add" or arguments(users[0]).get("alpha", 1) != 1:
+            continue
+        named = arguments(users[0])
+        other = named["other"] if named["self"] is site else named["self"]
+        same = isinstance(other, fx.Node) and other.op == "call_function" and other is not site
+        if same and other.meta["val"].shape == site.meta["val"].shape and level[other] <= level[site]:
+            found[site] = other
+    return found
+
+
+def _update(
+    program: Program,
+    equations: dict[fx.Node, list[Normal]],
+    site: fx.Node,
+    x: Tensor,
+    exact: Tensor | None,
+    drift: Tensor | None,
+) -> None:
+    """Add a batch to the equations of a site, one for each part: what it reads, and what it should give."""
+    named = arguments(site)
+    weight = program.weight(named["weight"])
+    matrix = to_matrix(weight.detach(), site)
+    kwargs = {} if operator(site) == "linear" else named
+    rows = patches(x, tuple(weight.shape), kwargs)
+    given = rows if exact is None or exact is x else patches(exact, tuple(weight.shape), kwargs)
+    target = given @ matrix.to(given.dtype)
+    bias = named.get("bias")
+    if bias is not None:
+        target = target + program.weight(bias).detach().to(target.dtype).reshape(len(target), 1, -1)
+    if drift is not None:
+        target = target + _outputs(drift, site, len(target)).to(target.dtype)
+    parts, inputs, outputs = matrix.shape
+    if site not in equations:
+        equations[site] = [Normal(inputs, outputs, bias is not None) for _ in range(parts)]
+    for part, normal in enumerate(equations[site]):
+        normal.update(rows[part], target[part])
+
+
+def _outputs(value: Tensor, site: fx.Node, parts: int) -> Tensor:
+    """Return a value of the shape of a site's output as rows [P, T, R]."""
+    if operator(site) != "linear":
+        dims = value.dim() - (arguments(site)["weight"].meta["val"].dim() - 2) - 1
+        value = value.movedim(dims, -1)
+    rows = value.reshape(-1, parts, value.shape[-1] // parts)
+    return rows.movedim(1, 0)
+
+
+def _fits(program: Program, reader: Reader, normals: Sequence[Normal]) -> list[Fit]:
+    named = arguments(reader.site)
+    matrix = to_matrix(program.weight(named["weight"]).detach(), reader.site).double()
+    bias = named.get("bias")
+    if bias is not None:
+        constant = program.weight(bias).detach().double().reshape(len(matrix), 1, -1)
+        matrix = torch.cat([matrix, constant], 1)
+    return [Fit(normal, part, own) for normal, part, own in zip(normals, matrix, reader.labels, strict=True)]
