@@ -13,17 +13,14 @@ first factor. A layer takes the attention that it feeds, else the last one befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
-from graphopt.calibration.batches import EMPTY, Batches, running
-from graphopt.calibration.stream import unquantized
-from graphopt.errors import GraphoptError
+from graphopt.calibration.batches import Batches
+from graphopt.calibration.gradients import Loss, Watch, read_all, read_gradients
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
 from graphopt.progress import Progress
@@ -31,35 +28,6 @@ from graphopt.progress import Progress
 _LEAST = 0.01
 _PRODUCTS = frozenset(("matmul", "bmm", "mm"))
 _PASSED = frozenset(("_to_copy", "clone", "dropout", "expand", "reshape", "view", "contiguous"))
-
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-class _Watch(fx.Interpreter):
-    """Runs a program and shows chosen calls with their arguments and results.
-
-    With `through`, dequantize(quantize(x)) is x: codes have no gradient.
-    """
-
-    def __init__(
-        self, program: Program, watched: Collection[fx.Node], show: Callable[..., Any], through: bool = False
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._watched, self._show = set(watched), show
-        found = {node: unquantized(node) for node in program.graph.nodes} if through else {}
-        self._plain = {node: plain for node, plain in found.items() if plain is not None}
-        last = {value: user for user, values in self.user_to_last_uses.items() for value in values}
-        last.update((plain, node) for node, plain in self._plain.items() if last[plain] < node)
-        self.user_to_last_uses = {}
-        for value, user in last.items():
-            self.user_to_last_uses.setdefault(user, []).append(value)
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = self.env[self._plain[n]] if n in self._plain else super().run_node(n)
-        if n in self._watched:
-            return self._show(n, self.env, result)
-        return result
-
 
 # Attention ----------------------------------------------------------------------------------------------------
 
@@ -82,9 +50,9 @@ def attention_weights(
         found.setdefault(node, []).append((_LEAST + (1 - _LEAST) * ratio).square())
         return result
 
-    watch = _Watch(program, set(nearest.values()), show)
+    watch = Watch(program, set(nearest.values()), show)
     with torch.no_grad():
-        _read("attention", watch.run, batches, progress)
+        read_all("attention", watch.run, batches, progress)
     return {site: [each.reshape(-1) for each in found.get(node, [])] for site, node in nearest.items()}
 
 
@@ -193,42 +161,18 @@ def gradient_weights(
             mean squared gradient is the Fisher information.
         outputs: where given, G [R, R] of every site is put there, float64.
     """
-    generator = torch.Generator().manual_seed(seed)
     found: dict[fx.Node, list[Tensor | None]] = {site: [] for site in sites}
-    batch = 0
 
-    def show(node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
-        found[node] += [None] * (batch + 1 - len(found[node]))
+    def show(site: fx.Node, gradient: Tensor, value: Tensor | None, batch: int) -> None:
+        rows = _rows(gradient, site)
+        found[site] += [None] * (batch + 1 - len(found[site]))
+        found[site][batch] = _by_part(rows, sites[site])
+        if outputs is not None:
+            outputs[site] = outputs.get(site, 0) + _second_moment(rows)
 
-        def take(gradient: Tensor) -> None:
-            """Take what is wanted of a gradient as soon as it is there, so that none has to be kept."""
-            rows = _rows(gradient, node)
-            found[node][batch] = _by_part(rows, sites[node])
-            if outputs is not None:
-                outputs[node] = outputs.get(node, 0) + _second_moment(rows)
-
-        if not result.requires_grad:
-            result = result.requires_grad_()
-        result.register_hook(take)
-        return result
-
-    watch = _Watch(program, sites, show, through=True)
-
-    def run(*flat: Any) -> None:
-        nonlocal batch
-        with torch.enable_grad():
-            if loss is not None:
-                args, kwargs = pytree.tree_unflatten(list(flat), program.signature.in_spec)
-                value = loss(_Module(program, watch), kwargs or args)
-            else:
-                value = _own_loss(watch.run(*flat), generator)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise GraphoptError("loss must return a single number as a tensor that gradients flow through")
-            if value.requires_grad:
-                value.backward()  # type: ignore[no-untyped-call]
-        batch += 1
-
-    _read("gradients", run, batches, progress)
+    count = read_gradients(program, sites, batches, progress, show, loss, seed)
+    for each in found.values():
+        each += [None] * (count - len(each))
     return {site: _evened(each, site, outputs) for site, each in found.items()}
 
 
@@ -269,42 +213,3 @@ def _evened(
         total = outputs[site] / outputs[site].diagonal().mean()
         outputs[site] = share * total + (1 - share) * torch.eye(len(total), dtype=total.dtype)
     return [None if each is None else (share * each / mean + 1 - share).float() for each in weights]
-
-
-def _own_loss(outputs: Sequence[Any], generator: torch.Generator) -> Tensor:
-    floating = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
-    for each in floating:
-        if each.dim() == 0:
-            return each
-    if not floating:
-        raise GraphoptError("no output of the model has gradients; pass loss=, a function of the model and a batch")
-    logits = floating[0].reshape(-1, floating[0].shape[-1])
-    if logits.shape[-1] == 1:
-        drawn = logits.detach() + torch.randn(logits.shape, generator=generator)
-        return 0.5 * (logits - drawn).square().sum()
-    labels = torch.multinomial(functional.softmax(logits.detach().float(), -1), 1, generator=generator)[:, 0]
-    return functional.cross_entropy(logits, labels, reduction="sum")
-
-
-class _Module(nn.Module):
-    """A program as its user knows it, run by a watching interpreter."""
-
-    def __init__(self, program: Program, watch: fx.Interpreter) -> None:
-        super().__init__()
-        self._program, self._watch = program, watch
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._program.signature.flatten(args, kwargs)
-        return pytree.tree_unflatten(list(self._watch.run(*flat)), self._program.signature.out_spec)
-
-
-def _read(name: str, run: Callable[..., Any], batches: Batches, progress: Progress) -> None:
-    count = 0
-    with progress.stage(name, len(batches)) as stage:
-        for flat in batches:
-            with running(count):
-                run(*flat)
-            count += 1
-            stage.advance()
-    if count == 0:
-        raise GraphoptError(EMPTY)

@@ -124,7 +124,7 @@ def _labels(space: Space, site: fx.Node) -> Tensor:
 
 
 class Costs:
-    """Multiply-accumulates and parameters of a program of which spaces lose coordinates, counted without rewriting it."""
+    """Multiply-accumulates and parameters of a program whose spaces lose coordinates, counted without rewriting it."""
 
     def __init__(self, program: Program, analysis: Analysis) -> None:
         self._analysis = analysis

@@ -13,7 +13,6 @@ Lossy. The result is a smaller dense graph.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -29,12 +28,13 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import Bound, Widths, admissible, allocate
 from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_candidates
+from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.matrices import from_matrix, patches, to_matrix
 
-Criterion = Literal["reconstruction"]
+Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Prune(LossyPass):
         ratio: the share of each space that goes; None: what the budget's macs_ratio, params_ratio and size_ratio ask
             for, shared out among the spaces by what it costs each.
         criterion: by which coordinates go. reconstruction: backward elimination, by the error that a reader fitted
-            anew leaves.
+            anew leaves. Others: see `graphopt.passes.prune.criteria`.
+        resolve: whether readers are fitted anew; else they only lose what they read.
         floor: share of each space that stays at least.
         multiple: widths are multiples of it where that leaves a choice; 0: of what the target's kernels like.
         residual: prune residual streams, too.
@@ -55,7 +56,8 @@ class Prune(LossyPass):
     requires = ("canonicalize",)
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-    criterion: Criterion = "reconstruction"
+    criterion: Name = "reconstruction"
+    resolve: bool = True
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     multiple: Annotated[int, Field(ge=0)] = 0
     residual: bool = False
@@ -68,13 +70,19 @@ class Prune(LossyPass):
         widths, missed = self._widths(program, analysis, candidates, context)
         chosen = [each for each in candidates if widths[each.space] < each.space.size]
         if chosen:
-            solver = _Solver(program, chosen, widths, context, self.spill)
-            Deletion(analysis, solver.kept).apply(rewriter, solver.values)
+            scores = {} if self.criterion == "reconstruction" else self._scores(program, chosen, context)
+            ranked = [each for each in chosen if each.space in scores]
+            kept = {each.space: _kept(each, scores[each.space], widths[each.space]) for each in ranked}
+            values, errors = {}, {}
+            if self.resolve or not kept:
+                solver = _Solver(program, chosen, widths, kept, context, self.spill)
+                kept, values, errors = solver.kept, solver.values, solver.errors
+            Deletion(analysis, kept).apply(rewriter, values if self.resolve else {})
             for each in chosen:
-                kept = widths[each.space]
-                rewriter.touch(each.where, f"{each.space.name}: {kept} of {each.space.size} coordinates stay")
+                stay = f"{widths[each.space]} of {each.space.size} coordinates stay"
+                rewriter.touch(each.where, f"{each.space.name}: {stay}")
             rewriter.note(widths={each.space.name: [each.space.size, widths[each.space]] for each in chosen})
-            rewriter.note(relative_errors=solver.errors)
+            rewriter.note(relative_errors=errors)
         elif not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
         if missed:
@@ -114,8 +122,50 @@ class Prune(LossyPass):
             )
         if all(bound.of({}) <= bound.limit for bound in bounds) or not candidates:
             return {space: space.size for space in allowed}, [b.name for b in bounds if b.of({}) > b.limit]
-        errors = _curves(program, candidates, allowed, context, self.spill)
+        if self.criterion == "reconstruction":
+            errors = _curves(program, candidates, allowed, context, self.spill)
+        else:
+            scores = self._scores(program, candidates, context)
+            errors = {each.space: _lost(each, scores[each.space]) for each in candidates}
         return allocate(candidates, errors, allowed, bounds)
+
+    def _scores(self, program: Program, candidates: Sequence[Candidate], context: Context) -> dict[Space, Tensor]:
+        """Return what every coordinate is worth, [fibres, size] by space."""
+        criterion = CRITERIA[self.criterion]
+        gradients = taylor_terms(program, candidates, context) if criterion.gradients else {}
+        equations = _equations(program, candidates, context, self.spill) if criterion.inputs else {}
+        found = {}
+        for each in candidates:
+            score = criterion.score(Scored(program, each, equations, gradients.get(each.space.name)))
+            score = score if criterion.comparable else score / score.sum().clamp(min=1e-300)
+            found[each.space] = score.view(each.fibres, each.space.size)
+        return found
+
+
+def _kept(each: Candidate, scores: Tensor, width: int) -> Tensor:
+    """Return the indices of the highest scores, as many in each fibre."""
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :width].sort(-1).values
+    return best.view(*each.space.fibres, width)
+
+
+def _lost(each: Candidate, scores: Tensor) -> list[float]:
+    """Return what is lost when 0, 1, 2 ... of the lowest scores of every fibre are gone."""
+    return [0.0, *scores.sort(-1).values.sum(0).cumsum(0).tolist()]
+
+
+def _equations(
+    program: Program, candidates: Sequence[Candidate], context: Context, spill: bool
+) -> dict[fx.Node, list[Normal]]:
+    """Return the normal equations of all readers in the program as it is."""
+    equations: dict[fx.Node, list[Normal]] = {}
+
+    def show(read: Reading) -> None:
+        _update(program, equations, read.site, read.x, read.x, None)
+
+    sites = dict.fromkeys(reader.site for each in candidates for reader in each.readers)
+    batches = context.needed_calibration("prune")
+    Stream(program, list(sites), batches, context.progress, spill=spill).run(show, lambda ready: {})
+    return equations
 
 
 def _bounds(program: Program, analysis: Analysis, context: Context) -> list[Bound]:
@@ -166,7 +216,7 @@ def _curves(
 
 
 class _Solver:
-    """Chooses what stays and fits the readers to it, layer after layer.
+    """Chooses what stays, where that is not `kept` already, and fits the readers to it, layer after layer.
 
     Attributes:
         kept: by space, the indices that stay.
@@ -179,11 +229,12 @@ class _Solver:
         program: Program,
         candidates: Sequence[Candidate],
         widths: Mapping[Space, int],
+        kept: Mapping[Space, Tensor],
         context: Context,
         spill: bool,
     ) -> None:
         self.program = program
-        self.kept: dict[Space, Tensor] = {}
+        self.kept = dict(kept)
         self.values: dict[fx.Node, Tensor] = {}
         self.errors: dict[str, float] = {}
         self._widths = widths
