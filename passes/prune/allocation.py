@@ -24,13 +24,18 @@ class Bound:
 
     Attributes:
         name: of the budget's field.
-        limit: absolute.
+        ratio: to `whole`, what the original has.
         of: what it is for given widths.
     """
 
     name: str
-    limit: float
+    ratio: float
+    whole: float
     of: Callable[[Mapping[Space, int]], float]
+
+    @property
+    def limit(self) -> float:
+        return self.ratio * self.whole
 
 
 def admissible(candidate: Candidate, multiple: int, floor: float) -> list[int]:
@@ -52,18 +57,17 @@ def admissible(candidate: Candidate, multiple: int, floor: float) -> list[int]:
 
 
 def allocate(
-    candidates: Sequence[Candidate],
     errors: Mapping[Space, Sequence[float]],
     widths: Mapping[Space, Sequence[int]],
     bounds: Sequence[Bound],
-) -> tuple[Widths, list[str]]:
-    """Return widths under which the bounds hold, or as near to that as the floors allow, and the bounds that do not.
+) -> Widths:
+    """Return widths under which the bounds hold, or as near to that as the widths allow.
 
     Args:
         errors: by space, what is left as error when 0, 1, 2 ... coordinates of each fibre are gone.
         widths: by space, what it may have, descending.
     """
-    place = {candidate.space: 0 for candidate in candidates}
+    place = dict.fromkeys(widths, 0)
 
     def now(changed: Space | None = None) -> Widths:
         return {space: widths[space][at + (space is changed)] for space, at in place.items()}
@@ -87,4 +91,4 @@ def allocate(
         if best is None:
             break
         place[best[1]] += 1
-    return now(), [bound.name for bound in bounds if bound.of(now()) > bound.limit]
+    return now()

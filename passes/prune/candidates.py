@@ -63,7 +63,7 @@ class Candidate:
 
 
 def find_candidates(
-    program: Program, analysis: Analysis, residual: bool, decline: Callable[[Space, str], None]
+    program: Program, analysis: Analysis, decline: Callable[[Space, str], None]
 ) -> list[Candidate]:
     """Return the spaces that can lose coordinates; `decline` hears of each other that a user might think of."""
     streams = _streams(program, analysis)
@@ -71,7 +71,7 @@ def find_candidates(
     for space in analysis.under("permutation"):
         if space.size < 2 or not any("writes" in member.role for member in space.members):
             continue
-        if reason := _refusal(analysis, space, None if residual else streams):
+        if reason := _refusal(analysis, space, streams):
             decline(space, reason)
             continue
         weights = [read for read in space.reads if _reads_by_weight(program, read.node, read.partner)]
@@ -82,13 +82,13 @@ def find_candidates(
     return found
 
 
-def _refusal(analysis: Analysis, space: Space, streams: set[object] | None) -> str:
+def _refusal(analysis: Analysis, space: Space, streams: set[object]) -> str:
     if space.pins:
         return f"{space.name} cannot lose coordinates: {space.pins[0]}"
     if space.counted:
         return f"{space.name} cannot lose coordinates: {space.counted[0]}"
-    if streams is not None and space.atom in streams:
-        return f"{space.name} is a residual stream, which every block reads; give residual=True to prune it"
+    if space.atom in streams:
+        return f"{space.name} is a residual stream, which every block reads"
     try:
         Deletion(analysis, {space: torch.arange(space.size - 1)})
     except Undeletable as error:

@@ -82,13 +82,19 @@ class Fit:
         extra = damped(gram[None], _LEAST_DAMPING)[0] - gram
         if normal.constant:
             extra[-1, -1] = 0  # a constant is seen in every row
-        hessian = gram + extra
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        linear = normal.cross + extra.diagonal()[:, None] * weight.double()
-        self.weight = self._inverse @ linear
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + extra))
+        # What was always zero costs nothing, and keeps its weight as long as it stays.
+        silent = gram.diagonal() <= 0
+        linear = normal.cross + torch.where(silent, 0.0, extra.diagonal())[:, None] * weight.double()
+        self._fitted = self._inverse @ linear
+        self._silent = torch.where(silent[:, None], weight.double(), 0.0)
         self._normal = normal
-        self._extra, self._linear = extra, linear
         self.groups = {label: (labels == label).nonzero().flatten() for label in sorted(set(labels.tolist()) - {-1})}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [K + constant, R] of what is left; zeros elsewhere."""
+        return self._fitted + self._silent
 
     def costs(self) -> tuple[Tensor, Tensor]:
         """Return the coordinates that are left, and what removing each of them costs, relative to the variance."""
@@ -97,7 +103,7 @@ class Fit:
             return left, torch.zeros(0, dtype=torch.float64)
         index = torch.stack(list(self.groups.values()))  # [G, m]
         blocks = self._inverse[index[:, :, None], index[:, None, :]]
-        values = self.weight[index]
+        values = self._fitted[index]
         solved = torch.linalg.solve(blocks, values)
         return left, (values * solved).sum((1, 2)) / self._normal.variance
 
@@ -109,18 +115,18 @@ class Fit:
         index = torch.cat(gone)
         block = self._inverse[index][:, index]
         column = self._inverse[:, index]
-        step = torch.linalg.solve(block, torch.cat([self.weight[index], self._inverse[index]], 1))
-        outputs = self.weight.shape[1]
-        self.weight = self.weight - column @ step[:, :outputs]
+        step = torch.linalg.solve(block, torch.cat([self._fitted[index], self._inverse[index]], 1))
+        outputs = self._fitted.shape[1]
+        self._fitted = self._fitted - column @ step[:, :outputs]
         self._inverse = self._inverse - column @ step[:, outputs:]
-        for values in (self.weight, self._inverse):
+        for values in (self._fitted, self._inverse, self._silent):
             values[index] = 0
         self._inverse[:, index] = 0
 
     def error(self) -> float:
         """Return the squared error of the fit over the data, relative to what the target varies."""
         normal = self._normal
-        fitted = float((self.weight * (normal.gram @ self.weight - 2 * normal.cross)).sum()) + normal.squares
+        fitted = float((self._fitted * (normal.gram @ self._fitted - 2 * normal.cross)).sum()) + normal.squares
         return max(fitted, 0.0) / normal.variance
 
 

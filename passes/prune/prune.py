@@ -3,7 +3,7 @@
     y = W2 f(W1 x)      ->   y' = W2' f(W1[K] x),     W2' = argmin |W2' h'[K] - y|^2 over the calibration data
 
 Any space whose coordinates can be deleted is a candidate (`graphopt.passes.prune.deletion` says what that means for
-norms, groups and attention); residual streams only on demand. How many coordinates of each stay follows from a ratio
+norms, groups and attention), save for residual streams. How many coordinates of each stay follows from a ratio
 for all, or from a budget over all of them together; which ones, from a criterion. Then, layer after layer, each reader
 is solved anew on what the pruned layers before it give, against what the original gave: where it is added to a residual
 stream, against the original sum, so that it also takes back what the stream has drifted.
@@ -49,7 +49,6 @@ class Prune(LossyPass):
         resolve: whether readers are fitted anew; else they only lose what they read.
         floor: share of each space that stays at least.
         multiple: widths are multiples of it where that leaves a choice; 0: of what the target's kernels like.
-        residual: prune residual streams, too.
         spill: keep activations in files between stages.
     """
 
@@ -60,14 +59,13 @@ class Prune(LossyPass):
     resolve: bool = True
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     multiple: Annotated[int, Field(ge=0)] = 0
-    residual: bool = False
     spill: bool = False
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
         analysis = analyze(program)
         candidates = self._candidates(program, analysis, rewriter)
-        widths, missed = self._widths(program, analysis, candidates, context)
+        widths = self._widths(program, analysis, candidates, context)
         chosen = [each for each in candidates if widths[each.space] < each.space.size]
         if chosen:
             scores = {} if self.criterion == "reconstruction" else self._scores(program, chosen, context)
@@ -85,8 +83,6 @@ class Prune(LossyPass):
             rewriter.note(relative_errors=errors)
         elif not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
-        if missed:
-            rewriter.decline("program", f"{', '.join(missed)} cannot be met: every width that is left has a reason")
         return rewriter.finish()
 
     def _candidates(self, program: Program, analysis: Analysis, rewriter: Rewriter) -> list[Candidate]:
@@ -94,40 +90,66 @@ class Prune(LossyPass):
             rewriter.decline(space.members[0].weight, reason)
 
         found = []
-        for each in find_candidates(program, analysis, self.residual, decline):
+        for each in find_candidates(program, analysis, decline):
             if reason := self.refusal(program, each.where):
                 decline(each.space, reason)
             elif each.others or not each.readers:
                 decline(each.space, f"{each.space.name} has readers without weights to fit")
+            elif shared := [r.site for r in each.readers if len(arguments(r.site)["weight"].users) > 1]:
+                decline(each.space, f"{each.space.name} is read by {shared[0].name}, whose weight others read as well")
             else:
                 found.append(each)
         return found
 
     def _widths(
         self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
-    ) -> tuple[Widths, list[str]]:
-        """Return the width of every candidate and the bounds that cannot be met."""
-        allowed = {
-            each.space: admissible(each, self.multiple or context.target.width_multiple, self.floor)
-            for each in candidates
-        }
+    ) -> Widths:
+        """Return the width of every candidate; GraphoptError where no widths meet the budget."""
+        multiple = self.multiple or context.target.width_multiple
+        allowed = self._allowed(candidates, multiple)
         if self.ratio is not None:
             wanted = {space: space.size * (1 - self.ratio) for space in allowed}
-            return {space: min(each, key=lambda w: abs(w - wanted[space])) for space, each in allowed.items()}, []
+            return {space: min(each, key=lambda w: abs(w - wanted[space])) for space, each in allowed.items()}
         bounds = _bounds(program, analysis, context)
         if not bounds:
             raise GraphoptError(
                 f"{self.name} needs to know how much goes: give a budget with macs_ratio, params_ratio or size_ratio, "
                 "or prune(ratio=...)"
             )
-        if all(bound.of({}) <= bound.limit for bound in bounds) or not candidates:
-            return {space: space.size for space in allowed}, [b.name for b in bounds if b.of({}) > b.limit]
+        if all(bound.of({}) <= bound.limit for bound in bounds):
+            return {space: space.size for space in allowed}
+
+        def missed() -> list[Bound]:
+            least = {space: each[-1] for space, each in allowed.items()}
+            return [bound for bound in bounds if bound.of(least) > bound.limit]
+
+        while missed() and multiple > 1 and not self.multiple:
+            multiple //= 2  # what is not reached with the widths that kernels like is reached with others
+            allowed = self._allowed(candidates, multiple)
+        least = {space: each[-1] for space, each in allowed.items()}
+        if short := missed():
+            got = ", ".join(f"{b.name} ≤ {b.ratio:g} (it gets down to {b.of(least) / b.whole:.3g})" for b in short)
+            raise GraphoptError(
+                f"{self.name} cannot meet {got} with the {len(candidates)} spaces that can lose width and floor="
+                f"{self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
+            )
         if self.criterion == "reconstruction":
             errors = _curves(program, candidates, allowed, context, self.spill)
         else:
             scores = self._scores(program, candidates, context)
             errors = {each.space: _lost(each, scores[each.space]) for each in candidates}
-        return allocate(candidates, errors, allowed, bounds)
+        return allocate(errors, allowed, bounds)
+
+    def _allowed(self, candidates: Sequence[Candidate], multiple: int) -> dict[Space, list[int]]:
+        return {each.space: admissible(each, multiple, self.floor) for each in candidates}
+
+    def _held(self, program: Program, analysis: Analysis) -> str:
+        """Return what keeps the largest space whole that cannot lose anything, as the end of a sentence."""
+        held: dict[Space, str] = {}
+        find_candidates(program, analysis, held.__setitem__)
+        if not held:
+            return ""
+        return f"; {held[max(held, key=lambda space: len(space.members) * space.size)]}"
 
     def _scores(self, program: Program, candidates: Sequence[Candidate], context: Context) -> dict[Space, Tensor]:
         """Return what every coordinate is worth, [fibres, size] by space."""
@@ -173,10 +195,10 @@ def _bounds(program: Program, analysis: Analysis, context: Context) -> list[Boun
     original = context.original or program
     bounds = []
     if budget.macs_ratio is not None:
-        bounds.append(Bound("budget.macs_ratio", budget.macs_ratio * macs(original), costs.macs))
+        bounds.append(Bound("budget.macs_ratio", budget.macs_ratio, macs(original), costs.macs))
     for name in ("params_ratio", "size_ratio"):
         if (ratio := getattr(budget, name)) is not None:
-            bounds.append(Bound(f"budget.{name}", ratio * parameters(original), costs.parameters))
+            bounds.append(Bound(f"budget.{name}", ratio, parameters(original), costs.parameters))
     return bounds
 
 
@@ -274,6 +296,12 @@ class _Solver:
     def _solve(self, site: fx.Node, normals: Sequence[Normal], gone: Tensor) -> dict[str, Tensor]:
         named = arguments(site)
         weight, bias = named["weight"], named.get("bias")
+        least = min(int((~out).sum()) for out in gone) + (bias is not None)
+        if normals[0].count < least:
+            raise GraphoptError(
+                f"prune cannot fit the {least} inputs of {site.name} ({weight.target}) to {normals[0].count} rows of "
+                "calibration data; give more samples, or resolve=False"
+            )
         rows, left = [], 0.0
         for fit, out in zip(_fits(self.program, Reader(site, gone.long() - 1), normals), gone, strict=True):
             if bool(out.any()):
