@@ -148,9 +148,10 @@ class LossyPass(Pass):
     skip: tuple[str, ...] = ()
 
     def refusal(self, program: Program, node: fx.Node) -> str:
-        if not self.only and not self.skip:
-            return ""
-        names = site_names(program, node)
+        return self.refusal_of(site_names(program, node)) if self.only or self.skip else ""
+
+    def refusal_of(self, names: Sequence[str]) -> str:
+        """Return why a place that goes by these names is out of bounds, or an empty string."""
         if self.only and not any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.only):
             return f"not among only={list(self.only)}"
         for glob in self.skip:

@@ -98,14 +98,16 @@ class Fit:
 
     def costs(self) -> tuple[Tensor, Tensor]:
         """Return the coordinates that are left, and what removing each of them costs, relative to the variance."""
-        left = torch.tensor(list(self.groups))
-        if not len(left):
-            return left, torch.zeros(0, dtype=torch.float64)
-        index = torch.stack(list(self.groups.values()))  # [G, m]
-        blocks = self._inverse[index[:, :, None], index[:, None, :]]
-        values = self._fitted[index]
-        solved = torch.linalg.solve(blocks, values)
-        return left, (values * solved).sum((1, 2)) / self._normal.variance
+        left, found = [], [torch.zeros(0, dtype=torch.float64)]
+        for size in sorted({len(group) for group in self.groups.values()}):
+            alike = {label: group for label, group in self.groups.items() if len(group) == size}
+            index = torch.stack(list(alike.values()))  # [G, m]
+            blocks = self._inverse[index[:, :, None], index[:, None, :]]
+            values = self._fitted[index]
+            solved = torch.linalg.solve(blocks, values)
+            left += list(alike)
+            found.append((values * solved).sum((1, 2)) / self._normal.variance)
+        return torch.tensor(left, dtype=torch.int64), torch.cat(found)
 
     def remove(self, coordinates: Sequence[int]) -> None:
         """Take coordinates away and fit what is left again."""

@@ -32,6 +32,7 @@ from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
 from graphopt.pipeline import Context, LossyPass
+from graphopt.pipeline.passes import site_names
 from graphopt.quantization.matrices import from_matrix, patches, to_matrix
 
 Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
@@ -91,7 +92,8 @@ class Prune(LossyPass):
 
         found = []
         for each in find_candidates(program, analysis, decline):
-            if reason := self.refusal(program, each.where):
+            calls = dict.fromkeys(user for member in each.space.members for user in member.node.users)
+            if reason := self.refusal_of([name for call in calls for name in site_names(program, call)]):
                 decline(each.space, reason)
             elif each.others or not each.readers:
                 decline(each.space, f"{each.space.name} has readers without weights to fit")
@@ -277,11 +279,11 @@ class _Solver:
         changed: dict[fx.Node, Change] = {}
         for site in sites:
             normals = self._equations.pop(site)
-            for each, reader in self._of[site]:
-                if each.space not in self.kept:
-                    self._choose(each, _fits(self.program, reader, normals))
             gone = torch.zeros_like(self._of[site][0][1].labels, dtype=torch.bool)
-            for each, reader in self._of[site]:
+            # What was chosen before counts when several spaces share the inputs, as heads and their dimensions do.
+            for each, reader in sorted(self._of[site], key=lambda pair: pair[0].space not in self.kept):
+                if each.space not in self.kept:
+                    self._choose(each, _fits(self.program, reader, normals, gone))
                 gone |= ~_stays(each, self.kept[each.space])[reader.labels] & (reader.labels >= 0)
             changed[site] = self._solve(site, normals, gone)
         return changed
@@ -303,9 +305,7 @@ class _Solver:
                 "calibration data; give more samples, or resolve=False"
             )
         rows, left = [], 0.0
-        for fit, out in zip(_fits(self.program, Reader(site, gone.long() - 1), normals), gone, strict=True):
-            if bool(out.any()):
-                fit.remove([0])
+        for fit in _fits(self.program, Reader(site, torch.full(gone.shape, -1)), normals, gone):
             rows.append(fit.weight)
             left += fit.error()
         self.errors[site.name] = left / len(normals)
@@ -378,11 +378,19 @@ def _outputs(value: Tensor, site: fx.Node, parts: int) -> Tensor:
     return rows.movedim(1, 0)
 
 
-def _fits(program: Program, reader: Reader, normals: Sequence[Normal]) -> list[Fit]:
+def _fits(
+    program: Program, reader: Reader, normals: Sequence[Normal], gone: Tensor | None = None
+) -> list[Fit]:
+    """Return a reader fitted, one for each part, without the inputs that are `gone` [P, K]."""
     named = arguments(reader.site)
     matrix = to_matrix(program.weight(named["weight"]).detach(), reader.site).double()
     bias = named.get("bias")
     if bias is not None:
         constant = program.weight(bias).detach().double().reshape(len(matrix), 1, -1)
         matrix = torch.cat([matrix, constant], 1)
-    return [Fit(normal, part, own) for normal, part, own in zip(normals, matrix, reader.labels, strict=True)]
+    away = int(reader.labels.max()) + 1
+    labels = reader.labels if gone is None else torch.where(gone, away, reader.labels)
+    fits = [Fit(normal, part, own) for normal, part, own in zip(normals, matrix, labels, strict=True)]
+    for fit in fits:
+        fit.remove([away])
+    return fits
