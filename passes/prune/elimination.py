@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphopt.quantization.objectives import damped
 
-_LEAST_DAMPING = 1e-4  # of the mean of the diagonal
+_DAMPING = 1e-4
 _AT_ONCE = 64  # rounds at least: what a round takes away was chosen before any of it was gone
 
 
@@ -75,11 +75,12 @@ class Fit:
         normal: its equations.
         weight: W0 [K + constant, R], what damping pulls towards.
         labels: [K], the coordinate that each input belongs to; -1: an input that stays.
+        damping: D, relative to the mean of the diagonal of X^T X; more where that is singular.
     """
 
-    def __init__(self, normal: Normal, weight: Tensor, labels: Tensor) -> None:
+    def __init__(self, normal: Normal, weight: Tensor, labels: Tensor, damping: float = _DAMPING) -> None:
         gram = normal.gram
-        extra = damped(gram[None], _LEAST_DAMPING)[0] - gram
+        extra = damped(gram[None], damping)[0] - gram
         if normal.constant:
             extra[-1, -1] = 0  # a constant is seen in every row
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + extra))

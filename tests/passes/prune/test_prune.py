@@ -146,7 +146,7 @@ def test_budgets_refer_to_what_was_captured() -> None:
 @pytest.mark.parametrize("multiple", [2, 4])
 def test_widths_are_what_kernels_like(multiple: int) -> None:
     for each, options in ((Prune(multiple=multiple), {}), (Prune(), {"width_multiple": multiple})):
-        _, after, trace = pruned(network(), images(), each, Budget(macs_ratio=0.7), **options)
+        _, _, trace = pruned(network(), images(), each, Budget(macs_ratio=0.7), **options)
         widths = [new for _, new in trace["prune"].facts["widths"].values()]
         assert widths and all(width % multiple == 0 for width in widths)
 
@@ -155,7 +155,8 @@ def test_a_decoder_loses_heads_values_and_neurons() -> None:
     torch.manual_seed(0)
     batches: Given = [(torch.randint(11, (2, 12)),) for _ in range(8)]
     _, _, trace = pruned(Decoder(), batches, Prune(ratio=0.5))
-    assert trace["prune"].facts["widths"] == {"q.out[0]": [2, 1], "q.out[1]": [2, 1], "v.out[1]": [4, 2], "gate.out": [20, 10]}
+    halves = {"q.out[0]": [2, 1], "q.out[1]": [2, 1], "v.out[1]": [4, 2], "gate.out": [20, 10]}
+    assert trace["prune"].facts["widths"] == halves
 
 
 def test_the_stream_is_taken_back_where_a_reader_adds_to_it() -> None:
@@ -271,7 +272,7 @@ def test_a_weight_that_two_read_is_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.read(self.a(x).relu()) + self.read(self.b(x).relu())  # type: ignore[no-any-return]
 
-    _, after, trace = pruned(Shared(), rows(), Prune(ratio=0.5))
+    _, _, trace = pruned(Shared(), rows(), Prune(ratio=0.5))
     assert not trace["prune"].changed
     assert any("whose weight others read as well" in site.reason for site in trace["prune"].skipped)
 
