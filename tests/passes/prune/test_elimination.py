@@ -39,7 +39,7 @@ def least_squares(x: Tensor, target: Tensor, inputs: Tensor, constant: bool = Tr
     solved = torch.linalg.lstsq(rows, target).solution
     error = float((rows @ solved - target).square().sum() / (target - target.mean(0)).square().sum())
     whole = torch.zeros(x.shape[1] + constant, target.shape[1], dtype=x.dtype)
-    rows_of = torch.cat([inputs, torch.tensor([True] * constant)])
+    rows_of = torch.cat([inputs, torch.ones(int(constant), dtype=torch.bool)])
     whole[rows_of] = solved
     return whole, error
 
