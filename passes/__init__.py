@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.passes.fold.layer_scale import FoldLayerScale
     from graphopt.passes.fold.norm_affine import FoldNormAffine
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
+    from graphopt.passes.prune.drop_blocks import DropBlocks
     from graphopt.passes.prune.prune import Prune
     from graphopt.passes.quantize.activations import QuantizeActivations
     from graphopt.passes.quantize.choose_schemes import ChooseSchemes
@@ -38,6 +39,7 @@ _MODULES = {
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
     "ChooseSchemes": "quantize.choose_schemes",
+    "DropBlocks": "prune.drop_blocks",
     "Equalize": "transform.equalize",
     "FoldBatchNorm": "fold.batch_norm",
     "FoldLayerScale": "fold.layer_scale",
@@ -58,7 +60,7 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "Equalize", "FoldBatchNorm",
+    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize", "FoldBatchNorm",
     "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
     "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats",
     "Rotate", "Smooth", "SplitLinears",

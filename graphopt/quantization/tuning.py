@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from graphopt.calibration.batches import Batches
+from graphopt.calibration.judge import divergence
 from graphopt.calibration.pieces import Piece, Pieces
 from graphopt.ir.program import Program
 from graphopt.progress import Progress
@@ -87,7 +87,7 @@ class _Terms:
             error = torch.where(finite, made[node] - target, 0.0)
             found[f"error of {node.name}"] = error.square().sum()
             if node in self.outputs and target.dim() and target.shape[-1] > 1:
-                found[f"divergence of {node.name}"] = _divergence(made[node], target)
+                found[f"divergence of {node.name}"] = divergence(made[node], target)
         return found
 
     def total(self, terms: Mapping[str, Any]) -> Any:
@@ -95,12 +95,6 @@ class _Terms:
         outputs = {f"error of {node.name}" for node in self.outputs}
         shares = {name: _SQUARES if name in outputs else 1.0 for name in terms}
         return sum(shares[name] * term / self.start[name] for name, term in terms.items() if self.start[name] > 0)
-
-
-def _divergence(made: Tensor, target: Tensor) -> Tensor:
-    """Return the sum over rows of KL(softmax target || softmax made)."""
-    expected, found = (functional.log_softmax(each.float(), -1) for each in (target, made))
-    return torch.where(expected.isfinite(), expected.exp() * (expected - found), 0.0).sum()
 
 
 @dataclass

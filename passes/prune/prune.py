@@ -31,9 +31,9 @@ from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_cand
 from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
+from graphopt.passes.prune.refit import check_rows, given_matrix, new_arguments, outputs_of, rows_of
 from graphopt.pipeline import Context, LossyPass
 from graphopt.pipeline.passes import site_names
-from graphopt.quantization.matrices import from_matrix, patches, to_matrix
 
 Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
 
@@ -297,26 +297,11 @@ class _Solver:
 
     def _solve(self, site: fx.Node, normals: Sequence[Normal], gone: Tensor) -> dict[str, Tensor]:
         named = arguments(site)
-        weight, bias = named["weight"], named.get("bias")
-        least = min(int((~out).sum()) for out in gone) + (bias is not None)
-        if normals[0].count < least:
-            raise GraphoptError(
-                f"prune cannot fit the {least} inputs of {site.name} ({weight.target}) to {normals[0].count} rows of "
-                "calibration data; give more samples, or resolve=False"
-            )
-        rows, left = [], 0.0
-        for fit in _fits(self.program, Reader(site, torch.full(gone.shape, -1)), normals, gone):
-            rows.append(fit.weight)
-            left += fit.error()
-        self.errors[site.name] = left / len(normals)
-        solved = torch.stack(rows)  # [P, K + constant, R]
-        inputs = gone.shape[1]
-        changed = {"weight": from_matrix(solved[:, :inputs], self.program.weight(weight))}
-        if bias is not None:
-            like = self.program.weight(bias)
-            changed["bias"] = solved[:, -1].reshape(like.shape).to(like.dtype)
-        for name, value in changed.items():
-            self.values[named[name]] = value
+        check_rows("prune", site, normals[0].count, min(int((~out).sum()) for out in gone) + normals[0].constant)
+        fits = _fits(self.program, Reader(site, torch.full(gone.shape, -1)), normals, gone)
+        self.errors[site.name] = sum(fit.error() for fit in fits) / len(fits)
+        changed = new_arguments(self.program, site, torch.stack([fit.weight for fit in fits]))
+        self.values.update({named[name]: value for name, value in changed.items()})
         return changed
 
 
@@ -350,47 +335,30 @@ def _update(
     drift: Tensor | None,
 ) -> None:
     """Add a batch to the equations of a site, one for each part: what it reads, and what it should give."""
-    named = arguments(site)
-    weight = program.weight(named["weight"])
-    matrix = to_matrix(weight.detach(), site)
-    kwargs = {} if operator(site) == "linear" else named
-    rows = patches(x, tuple(weight.shape), kwargs)
-    given = rows if exact is None or exact is x else patches(exact, tuple(weight.shape), kwargs)
-    target = given @ matrix.to(given.dtype)
-    bias = named.get("bias")
-    if bias is not None:
-        target = target + program.weight(bias).detach().to(target.dtype).reshape(len(target), 1, -1)
+    weight = program.weight(arguments(site)["weight"])
+    matrix = given_matrix(program, site)
+    rows = rows_of(site, x, weight)
+    given = rows if exact is None or exact is x else rows_of(site, exact, weight)
+    inputs = given.shape[2]
+    target = given @ matrix[:, :inputs].to(given.dtype)
+    if constant := matrix.shape[1] > inputs:
+        target = target + matrix[:, inputs:].to(target.dtype)
     if drift is not None:
-        target = target + _outputs(drift, site, len(target)).to(target.dtype)
-    parts, inputs, outputs = matrix.shape
+        target = target + outputs_of(site, drift, len(target)).to(target.dtype)
     if site not in equations:
-        equations[site] = [Normal(inputs, outputs, bias is not None) for _ in range(parts)]
+        equations[site] = [Normal(inputs, target.shape[2], constant) for _ in target]
     for part, normal in enumerate(equations[site]):
         normal.update(rows[part], target[part])
-
-
-def _outputs(value: Tensor, site: fx.Node, parts: int) -> Tensor:
-    """Return a value of the shape of a site's output as rows [P, T, R]."""
-    if operator(site) != "linear":
-        dims = value.dim() - (arguments(site)["weight"].meta["val"].dim() - 2) - 1
-        value = value.movedim(dims, -1)
-    rows = value.reshape(-1, parts, value.shape[-1] // parts)
-    return rows.movedim(1, 0)
 
 
 def _fits(
     program: Program, reader: Reader, normals: Sequence[Normal], gone: Tensor | None = None
 ) -> list[Fit]:
     """Return a reader fitted, one for each part, without the inputs that are `gone` [P, K]."""
-    named = arguments(reader.site)
-    matrix = to_matrix(program.weight(named["weight"]).detach(), reader.site).double()
-    bias = named.get("bias")
-    if bias is not None:
-        constant = program.weight(bias).detach().double().reshape(len(matrix), 1, -1)
-        matrix = torch.cat([matrix, constant], 1)
     away = int(reader.labels.max()) + 1
     labels = reader.labels if gone is None else torch.where(gone, away, reader.labels)
-    fits = [Fit(normal, part, own) for normal, part, own in zip(normals, matrix, labels, strict=True)]
+    parts = zip(normals, given_matrix(program, reader.site), labels, strict=True)
+    fits = [Fit(normal, part, own) for normal, part, own in parts]
     for fit in fits:
         fit.remove([away])
     return fits
