@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.passes.fold.weight_norm import FoldWeightNorm
     from graphopt.passes.prune.drop_blocks import DropBlocks
     from graphopt.passes.prune.prune import Prune
+    from graphopt.passes.prune.two_stage import TwoStage
     from graphopt.passes.quantize.activations import QuantizeActivations
     from graphopt.passes.quantize.choose_schemes import ChooseSchemes
     from graphopt.passes.quantize.dynamic import QuantizeDynamic
@@ -57,13 +58,14 @@ _MODULES = {
     "Rotate": "transform.rotate",
     "Smooth": "transform.smooth",
     "SplitLinears": "transform.split_linears",
+    "TwoStage": "prune.two_stage",
 }
 
 __all__ = [
     "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize", "FoldBatchNorm",
     "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
     "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats",
-    "Rotate", "Smooth", "SplitLinears",
+    "Rotate", "Smooth", "SplitLinears", "TwoStage",
 ]  # fmt: skip
 
 

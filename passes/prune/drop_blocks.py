@@ -44,8 +44,7 @@ from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.refit import fittable, refit
-from graphopt.pipeline import Context, LossyPass
-from graphopt.pipeline.passes import site_names
+from graphopt.pipeline import Context, LossyPass, site_names
 
 aten = torch.ops.aten
 _GAIN = 1e-6  # relative: exchanging units for less is chasing noise
@@ -76,6 +75,7 @@ class DropBlocks(LossyPass):
         count: how many go; None: as many as the budget's macs_ratio, params_ratio and size_ratio ask for.
         criterion: by which they go, see above.
         judge: divergence of the outputs, or metric: what the user's metric falls by.
+        exchange: whether greedy exchanges what is gone for what stays, in the end.
         samples: batches of the calibration data that judge.
         replace: linear puts a linear map, fitted to what is gone, in its place; none leaves nothing.
         resolve: whether what stays is fitted to the original.
@@ -86,6 +86,7 @@ class DropBlocks(LossyPass):
     count: Annotated[int, Field(ge=0)] | None = None
     criterion: Literal["cosine", "influence", "additive", "greedy", "tail"] = "greedy"
     judge: Literal["divergence", "metric"] = "divergence"
+    exchange: bool = True
     samples: Annotated[int, Field(ge=1)] = 32
     replace: Literal["none", "linear"] = "none"
     resolve: bool = True
@@ -291,7 +292,7 @@ class _Choice:
                 left = [unit for unit in self.units if unit not in chosen]
                 chosen.append(min(left, key=lambda unit: self._cost([*chosen, unit])))
                 stage.advance()
-        better = True
+        better = self.options.exchange
         while better and chosen:
             left = [unit for unit in self.units if unit not in chosen]
             swaps = [[*(u for u in chosen if u is not old), new] for old in chosen for new in left]

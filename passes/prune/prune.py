@@ -32,8 +32,7 @@ from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
 from graphopt.passes.prune.refit import check_rows, given_matrix, new_arguments, outputs_of, rows_of
-from graphopt.pipeline import Context, LossyPass
-from graphopt.pipeline.passes import site_names
+from graphopt.pipeline import Context, LossyPass, site_names
 
 Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
 
