@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.passes.canonicalize.canonicalize import Canonicalize
+    from graphopt.passes.factorize.factorize import Factorize
     from graphopt.passes.fold.batch_norm import FoldBatchNorm
     from graphopt.passes.fold.center_norms import CenterNorms
     from graphopt.passes.fold.layer_scale import FoldLayerScale
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.passes.quantize.embedding import QuantizeEmbedding
     from graphopt.passes.quantize.static import QuantizeStatic
     from graphopt.passes.quantize.weights import QuantizeWeights
+    from graphopt.passes.recover.recover import Recover
     from graphopt.passes.retype.floats import RetypeFloats
     from graphopt.passes.transform.absorb_bias import AbsorbBias
     from graphopt.passes.transform.best_of import BestOf
@@ -42,6 +44,7 @@ _MODULES = {
     "ChooseSchemes": "quantize.choose_schemes",
     "DropBlocks": "prune.drop_blocks",
     "Equalize": "transform.equalize",
+    "Factorize": "factorize.factorize",
     "FoldBatchNorm": "fold.batch_norm",
     "FoldLayerScale": "fold.layer_scale",
     "FoldNormAffine": "fold.norm_affine",
@@ -54,6 +57,7 @@ _MODULES = {
     "QuantizeEmbedding": "quantize.embedding",
     "QuantizeStatic": "quantize.static",
     "QuantizeWeights": "quantize.weights",
+    "Recover": "recover.recover",
     "RetypeFloats": "retype.floats",
     "Rotate": "transform.rotate",
     "Smooth": "transform.smooth",
@@ -62,10 +66,10 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize", "FoldBatchNorm",
-    "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
-    "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "RetypeFloats",
-    "Rotate", "Smooth", "SplitLinears", "TwoStage",
+    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize", "Factorize",
+    "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
+    "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "Recover",
+    "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
 ]  # fmt: skip
 
 

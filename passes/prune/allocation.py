@@ -8,14 +8,18 @@ saves, until the budget holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from graphopt.analysis.spaces import Space
+from graphopt.analysis import macs, parameters
 from graphopt.analysis.spaces.axes import axis_size
+from graphopt.errors import GraphoptError
+from graphopt.ir import Program
 from graphopt.passes.prune.candidates import Candidate
+from graphopt.pipeline import Context
 
-Widths = dict[Space, int]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -25,17 +29,44 @@ class Bound:
     Attributes:
         name: of the budget's field.
         ratio: to `whole`, what the original has.
-        of: what it is for given widths.
+        of: what it is for given widths, or of a program.
     """
 
     name: str
     ratio: float
     whole: float
-    of: Callable[[Mapping[Space, int]], float]
+    of: Callable[[Any], float]
 
     @property
     def limit(self) -> float:
         return self.ratio * self.whole
+
+
+def bounds_of(
+    context: Context, program: Program, macs_of: Callable[[Any], float], parameters_of: Callable[[Any], float], who: str
+) -> list[Bound]:
+    """Return what the budget bounds of multiply-accumulates and parameters, bytes of a float file among these.
+
+    Raises GraphoptError where that is nothing; `who` names the pass with the option that could say it instead.
+    """
+    budget, original = context.budget, context.original or program
+    bounds = []
+    if budget.macs_ratio is not None:
+        bounds.append(Bound("budget.macs_ratio", budget.macs_ratio, macs(original), macs_of))
+    for name in ("params_ratio", "size_ratio"):
+        if (ratio := getattr(budget, name)) is not None:
+            bounds.append(Bound(f"budget.{name}", ratio, parameters(original), parameters_of))
+    if not bounds:
+        raise GraphoptError(
+            f"{who.partition('(')[0]} needs to know how much goes: give a budget with macs_ratio, params_ratio or "
+            f"size_ratio, or {who}"
+        )
+    return bounds
+
+
+def told(bounds: Sequence[Bound], least: Any) -> str:
+    """Return what bounds ask for and how far down it goes, for a message."""
+    return ", ".join(f"{b.name} ≤ {b.ratio:g} (it gets down to {b.of(least) / b.whole:.3g})" for b in bounds)
 
 
 def admissible(candidate: Candidate, multiple: int, floor: float) -> list[int]:
@@ -57,37 +88,32 @@ def admissible(candidate: Candidate, multiple: int, floor: float) -> list[int]:
 
 
 def allocate(
-    errors: Mapping[Space, Sequence[float]],
-    widths: Mapping[Space, Sequence[int]],
-    bounds: Sequence[Bound],
-) -> Widths:
+    errors: Mapping[Key, Mapping[int, float]], widths: Mapping[Key, Sequence[int]], bounds: Sequence[Bound]
+) -> dict[Key, int]:
     """Return widths under which the bounds hold, or as near to that as the widths allow.
 
     Args:
-        errors: by space, what is left as error when 0, 1, 2 ... coordinates of each fibre are gone.
-        widths: by space, what it may have, descending.
+        errors: of everything that has a width, the error that each admissible width leaves.
+        widths: the admissible ones, descending.
     """
     place = dict.fromkeys(widths, 0)
 
-    def now(changed: Space | None = None) -> Widths:
-        return {space: widths[space][at + (space is changed)] for space, at in place.items()}
-
-    def error(space: Space, at: int) -> float:
-        return errors[space][space.size - widths[space][at]]
+    def now(changed: Key | None = None) -> dict[Key, int]:
+        return {each: widths[each][at + (each is changed)] for each, at in place.items()}
 
     while broken := [bound for bound in bounds if bound.of(now()) > bound.limit]:
-        best: tuple[float, Space] | None = None
+        best: tuple[float, Key] | None = None
         held = [bound.of(now()) for bound in broken]
-        for space, at in place.items():
-            if at + 1 >= len(widths[space]):
+        for each, at in place.items():
+            if at + 1 >= len(widths[each]):
                 continue
-            after = now(space)
+            after = now(each)
             # What is missing counts, whichever bound it is of.
             saved = sum((was - bound.of(after)) / bound.limit for was, bound in zip(held, broken, strict=True))
             if saved > 0:
-                price = (error(space, at + 1) - error(space, at)) / saved
+                price = (errors[each][widths[each][at + 1]] - errors[each][widths[each][at]]) / saved
                 if best is None or price < best[0]:
-                    best = price, space
+                    best = price, each
         if best is None:
             break
         place[best[1]] += 1

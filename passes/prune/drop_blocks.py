@@ -43,6 +43,7 @@ from graphopt.calibration.collect import observe
 from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
+from graphopt.passes.prune.allocation import bounds_of, told
 from graphopt.passes.prune.refit import fittable, refit
 from graphopt.pipeline import Context, LossyPass, site_names
 
@@ -210,19 +211,9 @@ class _Choice:
 
     def __init__(self, options: DropBlocks, program: Program, units: Sequence[Unit], context: Context) -> None:
         self.options, self.program, self.units, self.context = options, program, list(units), context
-        budget, original = context.budget, context.original or program
-        self._bounds: list[tuple[str, float, Callable[[Program], int]]] = []
-        if options.count is None:
-            if budget.macs_ratio is not None:
-                self._bounds.append(("macs_ratio", budget.macs_ratio * macs(original), macs))
-            for name in ("params_ratio", "size_ratio"):
-                if (ratio := getattr(budget, name)) is not None:
-                    self._bounds.append((name, ratio * parameters(original), parameters))
-            if not self._bounds:
-                raise GraphoptError(
-                    "drop_blocks needs to know how much goes: give a budget with macs_ratio, params_ratio or "
-                    "size_ratio, or drop_blocks(count=...)"
-                )
+        self._bounds = [] if options.count is not None else bounds_of(
+            context, program, macs, parameters, "drop_blocks(count=...)"
+        )
         self._costs: dict[frozenset[str], float] = {}
 
     def made(self) -> list[Unit]:
@@ -254,16 +245,16 @@ class _Choice:
         if self.options.count is not None:
             return len(units) >= self.options.count
         made = self._without(units)
-        return all(of(made) <= limit for _, limit, of in self._bounds)
+        return all(bound.of(made) <= bound.limit for bound in self._bounds)
 
     def _short(self) -> str:
         what = self.options.unit
         if self.options.count is not None:
             return f"drop_blocks cannot remove {self.options.count} {what}: there are {len(self.units)} that can go"
-        made, original = self._without(self.units), self.context.original or self.program
-        got = [f"budget.{name} (it gets down to {of(made) / of(original):.3g})" for name, _, of in self._bounds]
-        all_of_them = f"by removing all {len(self.units)} {what} that can go"
-        return f"drop_blocks cannot meet {', '.join(got)} {all_of_them}; allow more, or prune"
+        got = told(self._bounds, self._without(self.units))
+        return (
+            f"drop_blocks cannot meet {got} by removing all {len(self.units)} {what} that can go; allow more, or prune"
+        )
 
     def _cost(self, units: Sequence[Unit]) -> float:
         """Return how far the outputs move without some units, or what the metric falls by."""
@@ -311,8 +302,9 @@ class _Choice:
             saved, needed = np.ones((1, len(self.units))), [float(self.options.count)]
         else:
             alone = [self._without([unit]) for unit in self.units]
-            saved = np.array([[of(self.program) - of(made) for made in alone] for _, _, of in self._bounds], float)
-            needed = [of(self.program) - limit for _, limit, of in self._bounds]
+            now = [bound.of(self.program) for bound in self._bounds]
+            saved = np.array([[was - b.of(made) for made in alone] for was, b in zip(now, self._bounds, strict=True)])
+            needed = [was - bound.limit for was, bound in zip(now, self._bounds, strict=True)]
         scale = costs.max() or 1.0
         found = milp(
             costs / scale, integrality=np.ones(len(costs)), bounds=Bounds(0, 1),

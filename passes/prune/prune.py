@@ -21,12 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from graphopt.analysis import macs, parameters
 from graphopt.analysis.spaces import Analysis, Space, analyze
 from graphopt.calibration.stream import Change, Reading, Stream, levels
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
-from graphopt.passes.prune.allocation import Bound, Widths, admissible, allocate
+from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
 from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_candidates
 from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
@@ -104,19 +103,15 @@ class Prune(LossyPass):
 
     def _widths(
         self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
-    ) -> Widths:
+    ) -> dict[Space, int]:
         """Return the width of every candidate; GraphoptError where no widths meet the budget."""
         multiple = self.multiple or context.target.width_multiple
         allowed = self._allowed(candidates, multiple)
         if self.ratio is not None:
             wanted = {space: space.size * (1 - self.ratio) for space in allowed}
             return {space: min(each, key=lambda w: abs(w - wanted[space])) for space, each in allowed.items()}
-        bounds = _bounds(program, analysis, context)
-        if not bounds:
-            raise GraphoptError(
-                f"{self.name} needs to know how much goes: give a budget with macs_ratio, params_ratio or size_ratio, "
-                "or prune(ratio=...)"
-            )
+        costs = Costs(program, analysis)
+        bounds = bounds_of(context, program, costs.macs, costs.parameters, "prune(ratio=...)")
         if all(bound.of({}) <= bound.limit for bound in bounds):
             return {space: space.size for space in allowed}
 
@@ -129,17 +124,17 @@ class Prune(LossyPass):
             allowed = self._allowed(candidates, multiple)
         least = {space: each[-1] for space, each in allowed.items()}
         if short := missed():
-            got = ", ".join(f"{b.name} ≤ {b.ratio:g} (it gets down to {b.of(least) / b.whole:.3g})" for b in short)
             raise GraphoptError(
-                f"{self.name} cannot meet {got} with the {len(candidates)} spaces that can lose width and floor="
-                f"{self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
+                f"{self.name} cannot meet {told(short, least)} with the {len(candidates)} spaces that can lose width "
+                f"and floor={self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
             )
         if self.criterion == "reconstruction":
             errors = _curves(program, candidates, allowed, context, self.spill)
         else:
             scores = self._scores(program, candidates, context)
             errors = {each.space: _lost(each, scores[each.space]) for each in candidates}
-        return allocate(errors, allowed, bounds)
+        by_width = {space: {space.size - gone: error for gone, error in enumerate(errors[space])} for space in allowed}
+        return allocate(by_width, allowed, bounds)
 
     def _allowed(self, candidates: Sequence[Candidate], multiple: int) -> dict[Space, list[int]]:
         return {each.space: admissible(each, multiple, self.floor) for each in candidates}
@@ -189,18 +184,6 @@ def _equations(
     batches = context.needed_calibration("prune")
     Stream(program, list(sites), batches, context.progress, spill=spill).run(show, lambda ready: {})
     return equations
-
-
-def _bounds(program: Program, analysis: Analysis, context: Context) -> list[Bound]:
-    costs, budget = Costs(program, analysis), context.budget
-    original = context.original or program
-    bounds = []
-    if budget.macs_ratio is not None:
-        bounds.append(Bound("budget.macs_ratio", budget.macs_ratio, macs(original), costs.macs))
-    for name in ("params_ratio", "size_ratio"):
-        if (ratio := getattr(budget, name)) is not None:
-            bounds.append(Bound(f"budget.{name}", ratio, parameters(original), costs.parameters))
-    return bounds
 
 
 def _curves(

@@ -1,0 +1,1 @@
+"""Passes that write a weight as a product of smaller ones."""

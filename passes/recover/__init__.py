@@ -1,0 +1,1 @@
+"""Passes that train what others have made smaller."""

@@ -1,0 +1,148 @@
+"""Factorize: the best map of its rank by closed form, layers left where nothing is saved, mistakes in a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import targets
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphopt
+from graphopt import Budget, capture
+from graphopt.analysis import macs, parameters
+from graphopt.calibration import Batches
+from graphopt.errors import GraphoptError
+from graphopt.ir import Program, operator
+from graphopt.ir.verify import verify
+from graphopt.passes import Factorize
+from graphopt.pipeline import Context, run_passes
+from graphopt.pipeline.trace import Trace
+
+Given = list[tuple[Tensor, ...]]
+TARGET = dataclasses.replace(targets.EXACT, width_multiple=1)
+
+
+def rows(width: int = 12, count: int = 8, rank: int = 0, seed: int = 0) -> Given:
+    """Batches of 16 rows, in `rank` directions where that is not 0."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(rank or width, width, generator=torch.Generator().manual_seed(9))
+    return [(torch.randn(16, rank or width, generator=random) @ mix,) for _ in range(count)]
+
+
+def factorized(
+    module: nn.Module, batches: Given, each: Factorize, budget: Budget | None = None
+) -> tuple[Program, Program, Trace]:
+    program = capture(module.eval(), batches[0])
+    context = Context(TARGET, calibration=Batches(batches, program), budget=budget or Budget(), strict=True)
+    after, trace = run_passes(program, [each], context)
+    verify(after)
+    return program, after, trace
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 4), st.booleans())
+def test_is_the_best_map_of_its_rank(seed: int, rank: int, bias: bool) -> None:
+    """Against alternating least squares from the answer: nothing near it is better, and random maps are not."""
+    torch.manual_seed(seed)
+    module, batches = nn.Sequential(nn.Linear(12, 10, bias=bias)), rows(seed=seed)
+    program, after, trace = factorized(module, batches, Factorize(), Budget(params_ratio=(rank * 22 + 10 * bias) / (120 + 10 * bias)))
+    if not trace["factorize"].changed:
+        return
+    found = trace["factorize"].facts["ranks"]["linear"][1]
+    x = torch.cat([batch[0] for batch in batches]).double()
+    target = program(x.float()).double()
+    center = target.mean(0) if bias else torch.zeros(10, dtype=torch.float64)
+    singular = torch.linalg.svdvals(target - center)
+    best = float(singular[found:].square().sum())
+    error = float((after(x.float()).double() - target).square().sum())
+    assert best * (1 - 1e-3) <= error <= best * 1.01 + 1e-6 * float(target.square().sum())
+
+
+def test_data_of_few_directions_costs_nothing() -> None:
+    torch.manual_seed(0)
+    program, after, trace = factorized(nn.Sequential(nn.Linear(12, 12)), rows(rank=3), Factorize(tolerance=1e-6))
+    assert trace["factorize"].facts["ranks"] == {"linear": [12, 3]}
+    for batch in rows(rank=3, seed=1):
+        torch.testing.assert_close(after(*batch), program(*batch), rtol=1e-3, atol=1e-3)
+    assert after.weights["0.weight_in"].shape == (3, 12) and after.weights["0.weight_out"].shape == (12, 3)
+
+
+def test_convolutions_become_one_with_few_channels_and_a_pointwise_one() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 12, 3, stride=2, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(12, 3, 1))
+    with torch.no_grad():
+        weight = module[0].weight  # of rank 2
+        weight.copy_((torch.randn(12, 2) @ torch.randn(2, 36)).view(12, 4, 3, 3))
+    batches = [(torch.randn(2, 4, 9, 9),) for _ in range(6)]
+    program, after, trace = factorized(module, batches, Factorize(tolerance=1e-6))
+    assert trace["factorize"].facts["ranks"]["conv2d"] == [12, 2]
+    for batch in batches:
+        torch.testing.assert_close(after(*batch), program(*batch), rtol=1e-2, atol=1e-3)
+    assert sum(operator(node) == "conv2d" for node in after.nodes) == 3
+
+
+@pytest.mark.parametrize("field", ["macs_ratio", "params_ratio"])
+@pytest.mark.parametrize("ratio", [0.8, 0.5])
+def test_budgets_hold(field: str, ratio: float) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 6))
+    program, after, _ = factorized(module, rows(), Factorize(), Budget(**{field: ratio}))
+    count: Any = macs if field == "macs_ratio" else parameters
+    assert 0.8 * ratio <= count(after) / count(program) <= ratio
+
+
+def test_never_costs_more() -> None:
+    torch.manual_seed(0)
+    program, after, trace = factorized(nn.Sequential(nn.Linear(12, 12)), rows(), Factorize(tolerance=1e-9))
+    assert str(after).count("linear") == str(program).count("linear") and not trace["factorize"].changed
+    assert any("too many directions" in site.reason for site in trace["factorize"].skipped)
+
+
+def test_later_layers_make_up_for_earlier_ones() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 6))
+    program, after, trace = factorized(module, rows(count=16), Factorize(), Budget(params_ratio=0.6))
+    assert len(trace["factorize"].facts["ranks"]) >= 1
+    judged = rows(seed=1)
+    error = sum(float((after(*b) - program(*b)).square().sum()) for b in judged)
+    assert error < 0.2 * sum(float((program(*b) - program(*b).mean(0)).square().sum()) for b in judged)
+
+
+def test_only_and_what_cannot_be_written_so() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 16, 3), nn.Conv2d(16, 16, 1))
+    batches = [(torch.randn(2, 4, 9, 9),) for _ in range(6)]
+    _, _, trace = factorized(module, batches, Factorize(tolerance=0.3, only=("0", "2")))
+    reasons = [site.reason for site in trace["factorize"].skipped]
+    assert any("in groups" in each for each in reasons) and any("not among only" in each for each in reasons)
+
+
+def test_exports_and_runs(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    result = graphopt.optimize(
+        nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24)), rows()[0], recipe=[Factorize()],
+        calibration=rows(), budget=Budget(params_ratio=0.7),
+    )  # fmt: skip
+    assert result.export(tmp_path / "model.onnx").sqnr_db > 80
+    assert result.report.parameters.ratio <= 0.7
+
+
+def refused(module: nn.Module, batches: Given, each: Factorize, budget: Budget | None = None) -> str:
+    with pytest.raises(GraphoptError) as caught:
+        factorized(module, batches, each, budget)
+    return str(caught.value)
+
+
+def test_mistakes_are_sentences() -> None:
+    module = nn.Sequential(nn.Linear(12, 12))
+    assert "factorize needs to know how much goes" in refused(module, rows(), Factorize())
+    assert "cannot meet budget.macs_ratio ≤ 0.01" in refused(module, rows(), Factorize(), Budget(macs_ratio=0.01))
+    said = refused(nn.Sequential(nn.Linear(64, 64)), rows(64, 1), Factorize(tolerance=0.1))
+    assert "cannot fit the 65 inputs of linear (0.weight) to 16 rows" in said
+    _, _, trace = factorized(nn.Sequential(nn.ReLU()), rows(), Factorize(tolerance=0.1))
+    assert "it has no layer that two smaller ones could stand for" in trace["factorize"].skipped[-1].reason
