@@ -50,7 +50,8 @@ def test_is_the_best_map_of_its_rank(seed: int, rank: int, bias: bool) -> None:
     """Against alternating least squares from the answer: nothing near it is better, and random maps are not."""
     torch.manual_seed(seed)
     module, batches = nn.Sequential(nn.Linear(12, 10, bias=bias)), rows(seed=seed)
-    program, after, trace = factorized(module, batches, Factorize(), Budget(params_ratio=(rank * 22 + 10 * bias) / (120 + 10 * bias)))
+    share = (rank * 22 + 10 * bias) / (120 + 10 * bias)
+    program, after, trace = factorized(module, batches, Factorize(), Budget(params_ratio=share))
     if not trace["factorize"].changed:
         return
     found = trace["factorize"].facts["ranks"]["linear"][1]

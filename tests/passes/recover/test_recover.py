@@ -1,4 +1,4 @@
-"""Recover: what it is judged by falls or nothing changes, for the same seed alike, with features and a loss of one's own."""
+"""Recover: what it is judged by falls or nothing changes, alike for a seed, with features and a loss of one's own."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_also_behind_removed_blocks_and_quantized_weights() -> None:
 
 
 def test_nothing_to_gain_changes_nothing() -> None:
-    _, after, trace = recovered([Recover(steps=20)])
+    _, _, trace = recovered([Recover(steps=20)])
     assert not trace["recover"].changed
     assert "gained nothing" in trace["recover"].skipped[-1].reason
 
