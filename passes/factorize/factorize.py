@@ -70,7 +70,7 @@ class Factorize(LossyPass):
     """Low-rank factorization.
 
     Attributes:
-        tolerance: share of what a layer's outputs vary that may be lost; None: ranks follow from the budget's
+        lost: share of what a layer's outputs vary that may be lost; None: ranks follow from the budget's
             macs_ratio, params_ratio and size_ratio.
         floor: share of the full rank that stays at least.
         multiple: ranks are multiples of it; 0: of what the target's kernels like.
@@ -79,7 +79,7 @@ class Factorize(LossyPass):
 
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
 
-    tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
+    lost: Annotated[float, Field(ge=0, lt=1)] | None = None
     floor: Annotated[float, Field(gt=0, le=1)] = 0.05
     multiple: Annotated[int, Field(ge=0)] = 0
     spill: bool = False
@@ -132,18 +132,18 @@ class Factorize(LossyPass):
     def _ranks(
         self, program: Program, sites: Mapping[fx.Node, Sequence[int]], context: Context
     ) -> dict[fx.Node, int]:
-        if self.tolerance is not None:
-            spectra, allowed = self._spectra(program, list(sites), context), self.tolerance
+        if self.lost is not None:
+            spectra, allowed = self._spectra(program, list(sites), context), self.lost
             return {s: min(r for r in ranks if spectra[s].left[r] <= allowed) for s, ranks in sites.items()}
         costs = {site: _Cost(program, site) for site in sites}
 
         def saved(what: str, ranks: Mapping[fx.Node, int]) -> float:
-            return sum(getattr(costs[site], what)(rank) for site, rank in ranks.items())
+            return sum(float(getattr(costs[site], what)(rank)) for site, rank in ranks.items())
 
         now, held = macs(program), parameters(program)
         bounds = bounds_of(
             context, program, lambda ranks: now - saved("macs", ranks), lambda ranks: held - saved("parameters", ranks),
-            "factorize(tolerance=...)",
+            "factorize(lost=...)",
         )  # fmt: skip
         least = {site: ranks[-1] for site, ranks in sites.items()}
         if short := [bound for bound in bounds if bound.of(least) > bound.limit]:

@@ -44,7 +44,7 @@ from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import bounds_of, told
-from graphopt.passes.prune.refit import fittable, refit
+from graphopt.passes.prune.refit import added_to, fittable, in_order, refit
 from graphopt.pipeline import Context, LossyPass, site_names
 
 aten = torch.ops.aten
@@ -151,8 +151,7 @@ def _take_out(rewriter: Rewriter, units: Sequence[Unit], linear: bool = False) -
         ends = [by_name[end.name] for branch in unit.branches for end in branch.ends]
         for index, end in enumerate(ends):
             for join in _additions(end):
-                named = arguments(join)
-                other = named["other"] if named["self"] is end else named["self"]
+                other = added_to(end, join)
                 if linear and index == len(ends) - 1 and (made := _linear_map(rewriter, end, other, join)) is not None:
                     rewriter.redirect(join, end, made)
                     maps[unit] = made
@@ -203,7 +202,7 @@ def _sites_behind(
             continue
         if node in maps.values() or (resolve and joins[0].name not in gaps):
             found[node] = joins[0]
-    return found
+    return in_order(program, found)
 
 
 class _Choice:

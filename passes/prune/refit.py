@@ -78,6 +78,30 @@ def check_rows(who: str, site: fx.Node, count: int, inputs: int) -> None:
         )
 
 
+def added_to(site: fx.Node, join: fx.Node) -> fx.Node:
+    """Return the other operand of an addition."""
+    named = arguments(join)
+    other = named["other"] if named["self"] is site else named["self"]
+    assert isinstance(other, fx.Node)
+    return other
+
+
+def in_order(program: Program, sites: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return those of the sites, by the additions that read them, whose other operand is there when they are fitted.
+
+    Where both operands of an addition could be fitted that is the later one.
+    """
+    last = {join: site for site, join in sites.items()}  # of graph order
+    found = {site: join for site, join in sites.items() if last[join] is site}
+    while True:
+        level = levels(program, set(found))
+        early = [site for site, join in found.items() if level[added_to(site, join)] > level[site]]
+        if not early:
+            return found
+        for site in early:
+            del found[site]
+
+
 class _Reference(Staged):
     """The other program, run as far as the joins of one level need, batch by batch."""
 
@@ -125,18 +149,15 @@ def refit(
 
     Args:
         before: has the targets. Left as it is, like `after`.
-        sites: calls that `fittable` allows, each with the addition that is its one reader; `before` has a value of the
-            addition's name.
+        sites: calls that `fittable` allows and `in_order` leaves, each with the addition that is its one reader;
+            `before` has a value of the addition's name.
         who: asks, for messages.
 
     Returns new values by the weights that hold them, and by site the squared error that is left, relative to what the
     target varies. Raises GraphoptError where there are fewer rows than inputs.
     """
     level = levels(after, set(sites))
-    beside = {}
-    for site, join in sites.items():
-        named = arguments(join)
-        beside[site] = named["other"] if named["self"] is site else named["self"]
+    beside = {site: added_to(site, join) for site, join in sites.items()}
     last = max((level[site] for site in sites), default=-1)
     joins = [sorted({sites[site].name for site in sites if level[site] == each}) for each in range(last + 1)]
     reference = _Reference(before, joins, batches, spill)

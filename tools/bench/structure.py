@@ -8,8 +8,8 @@
 
 Runs in the environment of tools/setup, Torch-Pruning in its own, made on demand. Each row is a process of its own.
 Images are judged by the accuracy on test images, the language model by the KL to the original and the rise of the
-logarithm of its perplexity on held-out text. Multiply-accumulates and parameters are those of the result over the original's;
-latency is that of both files in ONNX Runtime, one thread, in turns.
+logarithm of its perplexity on held-out text. Multiply-accumulates and parameters are those of the result over the
+original's; latency is that of both files in ONNX Runtime, one thread, in turns.
 """
 
 from __future__ import annotations
