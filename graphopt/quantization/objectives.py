@@ -116,20 +116,8 @@ class Gram:
         return damped(self.mean, torch.maximum(self.shrinkage(), self.weight.new_tensor(least)))
 
     def shrinkage(self) -> Tensor:
-        """Return d [P] for which H + d mean(diag H) I is about as near to the H of all data as few inputs allow.
-
-        With r = (tr H)^2 / tr H^2 directions in use and n inputs that is about r / n ("Shrinkage Algorithms for MMSE
-        Covariance Estimation", the OAS estimate), at most 1. It is what rounding wants while n is at most half of K;
-        with K inputs or more it wants next to nothing, as small eigenvalues are known by then, which that estimate
-        does not look at: d falls to 0 in between. n counts weighted inputs as (sum r_t)^2 / sum r_t^2.
-        """
-        mean, size = self.mean, max(self.inputs, 1)
-        trace = mean.diagonal(dim1=-2, dim2=-1).sum(-1).square()
-        square = mean.square().sum((-2, -1))
-        n = self.weight.square() / self.squares.clamp(min=torch.finfo(torch.float64).tiny)
-        above, below = (1 - 2 / size) * square + trace, (n + 1 - 2 / size) * (square - trace / size)
-        share = torch.where(below > 0, above / below, 0.0).clamp(0, 0.5)  # H a multiple of I needs none
-        return share / (1 - share) * (2 - 2 * n / size).clamp(0, 1)
+        """Return `shrinkage` of H [P]; n counts weighted inputs as (sum r_t)^2 / sum r_t^2."""
+        return shrinkage(self.mean, self.weight.square() / self.squares.clamp(min=torch.finfo(torch.float64).tiny))
 
     def target(self, weight: Tensor, damping: float) -> Tensor:
         """Return W' [P, K, R] for W [P, K, R]: the weight that makes the most of the changed inputs."""
@@ -141,6 +129,22 @@ class Gram:
         extra = mean - self.mean
         solved: Tensor = torch.linalg.solve(mean, (cross + extra).mT @ weight.double())
         return solved.to(weight.dtype)
+
+
+def shrinkage(mean: Tensor, n: Tensor) -> Tensor:
+    """Return d [P] for which H + d mean(diag H) I is about as near to the H of all data as n inputs [P] allow.
+
+    With r = (tr H)^2 / tr H^2 directions in use that is about r / n ("Shrinkage Algorithms for MMSE Covariance
+    Estimation", the OAS estimate), at most 1. It is what rounding wants while n is at most half of K; with K inputs or
+    more it wants next to nothing, as small eigenvalues are known by then, which that estimate does not look at: d falls
+    to 0 in between. H [P, K, K], a mean over the inputs.
+    """
+    size = max(mean.shape[-1], 1)
+    trace = mean.diagonal(dim1=-2, dim2=-1).sum(-1).square()
+    square = mean.square().sum((-2, -1))
+    above, below = (1 - 2 / size) * square + trace, (n + 1 - 2 / size) * (square - trace / size)
+    share = torch.where(below > 0, above / below, 0.0).clamp(0, 0.5)  # H a multiple of I needs none
+    return share / (1 - share) * (2 - 2 * n / size).clamp(0, 1)
 
 
 def damped(gram: Tensor, damping: Tensor | float) -> Tensor:

@@ -34,7 +34,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import allocate, bounds_of, told
 from graphopt.passes.prune.elimination import Fit, Normal
-from graphopt.passes.prune.refit import check_rows, fittable, given_matrix, rows_of
+from graphopt.passes.prune.refit import fittable, given_matrix, rows_of
 from graphopt.pipeline import Context, LossyPass
 
 aten = torch.ops.aten
@@ -93,7 +93,9 @@ class Factorize(LossyPass):
         ranks = self._ranks(program, sites, context)
         chosen = {site: rank for site, rank in ranks.items() if rank < _full(site)}
         for site in sites:
-            if site not in chosen:
+            if site not in ranks:
+                rewriter.decline(site, "the calibration data has fewer rows than it has inputs: give more samples")
+            elif site not in chosen:
                 rewriter.decline(site, "its data uses too many directions for two products to be cheaper than one")
         if chosen:
             found = self._spectra(program, list(chosen), context, chosen)
@@ -134,7 +136,7 @@ class Factorize(LossyPass):
     ) -> dict[fx.Node, int]:
         if self.lost is not None:
             spectra, allowed = self._spectra(program, list(sites), context), self.lost
-            return {s: min(r for r in ranks if spectra[s].left[r] <= allowed) for s, ranks in sites.items()}
+            return {s: min(r for r in sites[s] if each.left[r] <= allowed) for s, each in spectra.items()}
         costs = {site: _Cost(program, site) for site in sites}
 
         def saved(what: str, ranks: Mapping[fx.Node, int]) -> float:
@@ -154,8 +156,8 @@ class Factorize(LossyPass):
         if all(bound.of({}) <= bound.limit for bound in bounds):
             return {site: ranks[0] for site, ranks in sites.items()}
         spectra = self._spectra(program, list(sites), context)
-        errors = {site: {rank: spectra[site].left[rank] for rank in ranks} for site, ranks in sites.items()}
-        return allocate(errors, sites, bounds)
+        errors = {site: {rank: each.left[rank] for rank in sites[site]} for site, each in spectra.items()}
+        return allocate(errors, {site: sites[site] for site in spectra}, bounds)
 
     def _spectra(
         self,
@@ -164,7 +166,7 @@ class Factorize(LossyPass):
         context: Context,
         ranks: Mapping[fx.Node, int] | None = None,
     ) -> dict[fx.Node, _Spectrum]:
-        """Return the spectrum of every site; with `ranks`, on what the factorized sites before it give."""
+        """Return the spectrum of every site with enough data; with `ranks`, on what the sites before it give then."""
         equations: dict[fx.Node, Normal] = {}
         found: dict[fx.Node, _Spectrum] = {}
 
@@ -186,7 +188,8 @@ class Factorize(LossyPass):
             changed: dict[fx.Node, Change] = {}
             for site in ready:
                 normal = equations.pop(site)
-                check_rows("factorize", site, normal.count, len(normal.gram))
+                if normal.count < len(normal.gram):
+                    continue  # any map would do
                 found[site] = spectrum = _spectrum(normal, given_matrix(program, site)[0])
                 if ranks is not None:
                     a, b, constant = spectrum.factors(ranks[site])

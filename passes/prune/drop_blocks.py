@@ -294,7 +294,7 @@ class _Choice:
 
     def _knapsack(self) -> list[Unit]:
         """Return the set of the least sum of costs that saves enough, by an integer program."""
-        from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+        from scipy.optimize import Bounds, LinearConstraint, milp
 
         costs = np.array([max(self._cost([unit]), 0.0) for unit in self.units])
         if self.options.count is not None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from graphopt.quantization.objectives import damped
+from graphopt.quantization.objectives import damped, shrinkage
 
 _DAMPING = 1e-4
 _AT_ONCE = 64  # rounds at least: what a round takes away was chosen before any of it was gone
@@ -75,12 +75,13 @@ class Fit:
         normal: its equations.
         weight: W0 [K + constant, R], what damping pulls towards.
         labels: [K], the coordinate that each input belongs to; -1: an input that stays.
-        damping: D, relative to the mean of the diagonal of X^T X; more where that is singular.
+        damping: D, relative to the mean of the diagonal of X^T X; more where rows are few, or that is singular.
     """
 
     def __init__(self, normal: Normal, weight: Tensor, labels: Tensor, damping: float = _DAMPING) -> None:
         gram = normal.gram
-        extra = damped(gram[None], damping)[0] - gram
+        few = shrinkage(gram[None] / max(normal.count, 1), torch.tensor([float(normal.count)], dtype=gram.dtype))
+        extra = damped(gram[None], few.clamp(min=damping))[0] - gram
         if normal.constant:
             extra[-1, -1] = 0  # a constant is seen in every row
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + extra))

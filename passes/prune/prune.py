@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from graphopt.analysis.spaces import Analysis, Space, analyze
-from graphopt.calibration.stream import Change, Reading, Stream, levels
+from graphopt.calibration.stream import Change, Reading, Stream
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
@@ -30,7 +30,7 @@ from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_cand
 from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
-from graphopt.passes.prune.refit import check_rows, given_matrix, new_arguments, outputs_of, rows_of
+from graphopt.passes.prune.refit import check_rows, given_matrix, new_arguments, outputs_of, rows_of, there
 from graphopt.pipeline import Context, LossyPass, site_names
 
 Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
@@ -79,7 +79,7 @@ class Prune(LossyPass):
                 stay = f"{widths[each.space]} of {each.space.size} coordinates stay"
                 rewriter.touch(each.where, f"{each.space.name}: {stay}")
             rewriter.note(widths={each.space.name: [each.space.size, widths[each.space]] for each in chosen})
-            rewriter.note(relative_errors=errors)
+            rewriter.note(relative_errors=errors, kept={space.name: each.tolist() for space, each in kept.items()})
         elif not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
         return rewriter.finish()
@@ -295,7 +295,7 @@ def _stays(each: Candidate, kept: Tensor) -> Tensor:
 
 def _joined(program: Program, sites: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Return what the output of a site is added to, where that is there by the time the site is reached."""
-    level, found = levels(program, set(sites)), {}
+    found: dict[fx.Node, fx.Node] = {}
     for site in sites:
         users = list(site.users)
         if len(users) != 1 or operator(users[0]) != "add" or arguments(users[0]).get("alpha", 1) != 1:
@@ -303,7 +303,7 @@ def _joined(program: Program, sites: Sequence[fx.Node]) -> dict[fx.Node, fx.Node
         named = arguments(users[0])
         other = named["other"] if named["self"] is site else named["self"]
         same = isinstance(other, fx.Node) and other.op == "call_function" and other is not site
-        if same and other.meta["val"].shape == site.meta["val"].shape and level[other] <= level[site]:
+        if same and other.meta["val"].shape == site.meta["val"].shape and there(program, set(sites), other, site):
             found[site] = other
     return found
 

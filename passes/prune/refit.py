@@ -22,6 +22,7 @@ from graphopt.passes.prune.elimination import Fit, Normal
 from graphopt.progress import Progress
 from graphopt.quantization.matrices import from_matrix, patches, to_matrix
 
+_FEW = 4  # inputs for a row: as far as damping, which pulls towards the weight as it was, has been tried
 _SITES = ("linear", "conv1d", "conv2d", "conv3d")
 
 
@@ -69,8 +70,8 @@ def given_matrix(program: Program, site: fx.Node) -> Tensor:
 
 
 def check_rows(who: str, site: fx.Node, count: int, inputs: int) -> None:
-    """Raise GraphoptError where the data cannot tell the inputs of a site apart."""
-    if count < inputs:
+    """Raise GraphoptError where a site has several inputs for each row of data: damping would be all there is."""
+    if _FEW * count < inputs:
         weight = arguments(site)["weight"].target
         raise GraphoptError(
             f"{who} cannot fit the {inputs} inputs of {site.name} ({weight}) to {count} rows of calibration data; "
@@ -86,6 +87,12 @@ def added_to(site: fx.Node, join: fx.Node) -> fx.Node:
     return other
 
 
+def there(program: Program, sites: set[fx.Node], node: fx.Node, site: fx.Node) -> bool:
+    """Return whether a value is there when a stream over `sites` shows what `site` reads: a site itself waits."""
+    level = levels(program, sites)
+    return level[node] + (node in sites) <= level[site]
+
+
 def in_order(program: Program, sites: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
     """Return those of the sites, by the additions that read them, whose other operand is there when they are fitted.
 
@@ -94,8 +101,7 @@ def in_order(program: Program, sites: Mapping[fx.Node, fx.Node]) -> dict[fx.Node
     last = {join: site for site, join in sites.items()}  # of graph order
     found = {site: join for site, join in sites.items() if last[join] is site}
     while True:
-        level = levels(program, set(found))
-        early = [site for site, join in found.items() if level[added_to(site, join)] > level[site]]
+        early = [site for site, join in found.items() if not there(program, set(found), added_to(site, join), site)]
         if not early:
             return found
         for site in early:

@@ -58,11 +58,12 @@ class TwoStage(Composite):
         whole = attention * len(attentions) + mlp * len(mlps)
         share = self._share(program, whole, context)
         count = round(len(attentions) * share ** (mlp / attention / self.alpha))
+        count = min(count, int(share * whole / attention))  # of small MLPs the formula takes more than is to go
         ratio = (share * whole - count * attention) / (mlp * len(mlps))
-        if not 0 <= ratio < 1:
+        if not ratio < 1:
             raise GraphoptError(
-                f"two_stage cannot remove {share:.0%} of the blocks: {count} of {len(attentions)} attentions and "
-                f"{ratio:.0%} of the MLPs would go; give another alpha, or remove less"
+                f"two_stage cannot remove {share:.0%} of the blocks: beside {count} of {len(attentions)} attentions "
+                f"{ratio:.0%} of the MLPs would have to go; give another alpha, or remove less"
             )
         # The width that all MLPs lose sets what is read by their last linears.
         neurons = tuple(end.name for each in mlps for end in each.ends)

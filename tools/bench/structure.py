@@ -134,7 +134,7 @@ def measure(task: str, passes: list[str], share: float, budget: str) -> dict[str
     else:
         metric = KNOWN[task].metric
         assert metric is not None
-        figures |= {"accuracy": metric()(result), "before": metric()(material.model)}
+        figures |= {"accuracy": metric()(result.module), "before": metric()(material.model)}
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
         report = result.export(str(Path(folder) / "model.onnx"))
     return figures | {
