@@ -6,7 +6,7 @@
 The teacher is the captured program. Features are the values of residual streams at the joins that both still have, each
 relative to the teacher's ("LAPTOP-Diff: Layer Pruning and Normalized Distillation for Compressing Diffusion Models";
 "Progressive Knowledge Distillation of Stable Diffusion XL Using Layer Level Loss", of SSD-1B and Vega). The task is the
-user's own loss. Adam with a rate that falls to nothing; some batches are kept aside, and the weights are those of the
+user's own loss. Adam with a rate that rises and falls; some batches are kept aside, and the weights are those of the
 step that was best on them, which may be the first: training never makes worse what it is judged by.
 
 Lossy. The same seed gives the same weights.
@@ -32,7 +32,8 @@ from graphopt.ir import Changes, Program, Rewriter, provenance, trainable
 from graphopt.pipeline import Context, LossyPass
 
 _CHECKS = 10  # evaluations on what is kept aside, over all steps
-_PATIENCE = 3  # of them without a gain
+_PATIENCE = 5  # of them without a gain: what was fitted in closed form gets worse before it gets better
+_WARM_UP = 0.1  # share of the steps in which the rate rises
 _ASIDE = 8  # every so-many-th batch is kept aside
 
 
@@ -42,15 +43,15 @@ class Recover(LossyPass):
 
     Attributes:
         steps: of Adam, a batch each.
-        rate: its learning rate at the start.
+        rate: its largest learning rate.
         outputs: what the divergence of the outputs counts.
         features: what the distance of the residual streams counts.
         task: what the user's loss counts; needs one.
         samples: batches of the calibration data that are used, at most; they are kept in memory.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 200
-    rate: Annotated[float, Field(gt=0)] = 1e-3
+    steps: Annotated[int, Field(ge=1)] = 400
+    rate: Annotated[float, Field(gt=0)] = 1e-4
     outputs: Annotated[float, Field(ge=0)] = 1.0
     features: Annotated[float, Field(ge=0)] = 1.0
     task: Annotated[float, Field(ge=0)] = 0.0
@@ -124,7 +125,7 @@ class _Training:
         with self.context.progress.stage("recover", options.steps) as stage:
             for step in range(options.steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = options.rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+                    group["lr"] = options.rate * _schedule(step / options.steps)
                 order = order or torch.randperm(len(self._train), generator=generator).tolist()
                 with torch.enable_grad():
                     loss = self._loss(self._train[order.pop()])
@@ -173,6 +174,13 @@ class _Training:
             args, kwargs = pytree.tree_unflatten(list(flat), self.student.signature.in_spec)
             total = total + options.task * self.context.loss(self.student.module(), kwargs or args)
         return total
+
+
+def _schedule(done: float) -> float:
+    """Return the rate, relative to its largest: it rises in a line and falls as a cosine."""
+    if done < _WARM_UP:
+        return (done + 1e-3) / (_WARM_UP + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
 
 
 def _relative(made: Tensor, target: Tensor) -> Tensor:
