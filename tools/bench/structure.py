@@ -64,6 +64,8 @@ def _drop(options: str) -> Callable[[float], list[str]]:
 _IMAGES: dict[str, Any] = {"tasks": DIGITS, "shares": (0.5, 0.35)}
 _SMALLER: dict[str, Any] = {"tasks": LANGUAGE, "shares": (0.75, 0.625), "budget": "params_ratio"}
 _LAYERS: dict[str, Any] = {"tasks": LANGUAGE, "shares": (1, 2, 3), "budget": ""}
+_WITH_INT8: dict[str, Any] = {"tasks": ("digits_cnn",), "shares": (0.7,)}
+_INT8 = ["retype_floats", "quantize_static"]
 _BARE = "resolve=False"
 ROWS = (
     Row("magnitude", _prune(f"criterion='magnitude', {_BARE}"), **_IMAGES),
@@ -73,6 +75,9 @@ ROWS = (
     Row("fidelity, readers fitted", _prune("criterion='fidelity'"), **_IMAGES),
     Row("prune", _prune(), **_IMAGES),
     Row("prune + recover", lambda share: ["prune", "recover"], **_IMAGES),
+    Row("prune", _prune(), **_WITH_INT8),
+    Row("int8", lambda share: _INT8, **{**_WITH_INT8, "budget": ""}),
+    Row("prune, int8", lambda share: ["prune", *_INT8], **_WITH_INT8),
     Row("prune", _prune(), **_SMALLER),
     Row("prune + recover", lambda share: ["prune", "recover"], **_SMALLER),
     Row("2SSP", lambda share: ["two_stage"], **_SMALLER),
@@ -139,7 +144,7 @@ def measure(task: str, passes: list[str], share: float, budget: str) -> dict[str
         report = result.export(str(Path(folder) / "model.onnx"))
     return figures | {
         "macs": result.report.macs.ratio, "params": result.report.parameters.ratio, "seconds": seconds,
-        "peak_bytes": peak, "latency": report.latency_ratio,
+        "peak_bytes": peak, "latency": report.latency_ratio, "size": report.size_bytes / report.baseline_size_bytes,
     }  # fmt: skip
 
 
@@ -211,8 +216,8 @@ def tables() -> str:
         "# What structure can go, at what price", "",
         "Written by `tools/bench/structure.py --docs`. Nothing is trained where no recovery or epoch is named. Latency",
         f"is the file's over the original's in ONNX Runtime, one thread, on {last['cpu']}.", "",
-        "What `prune` took from the demo network: a strip for each space, grey what is gone, beside it the error that the",
-        "fitted reader leaves, relative to what its target varies (`tools/draw_structure.py`).", "",
+        "What `prune` took from the demo network: a strip for each space, grey what is gone, beside it the error that",
+        "the fitted reader leaves, relative to what its target varies (`tools/draw_structure.py`).", "",
         "![Coordinates that each space of the demo network lost](pictures/structure.svg)",
     ]  # fmt: skip
     for task in TASKS:
@@ -229,7 +234,7 @@ def tables() -> str:
 
 def _table(task: str, found: dict[str, dict[str, Any]]) -> list[str]:
     judged = ["KL", "rise of log perplexity"] if task in LANGUAGE else ["accuracy", "before"]
-    heads = ["method", *judged, "MACs", "parameters", "latency", "seconds", "peak MB"]
+    heads = ["method", *judged, "MACs", "parameters", "size", "latency", "seconds", "peak MB"]
     text = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     order = {name: index for index, name in enumerate([*(r.name for r in ROWS), *(p.name for p in PEERS)])}
     for name, record in sorted(found.items(), key=lambda item: order.get(item[0], len(order))):
@@ -241,7 +246,7 @@ def _table(task: str, found: dict[str, dict[str, Any]]) -> list[str]:
             cells = [f"{figures['kl']:.2e}", f"{figures['rise']:.4f}"]
         else:
             cells = [f"{figures['accuracy']:.2f}", f"{figures['before']:.2f}"]
-        shares = [figures.get(key) for key in ("macs", "params", "latency")]
+        shares = [figures.get(key) for key in ("macs", "params", "size", "latency")]
         cells += ["" if share is None else f"{share:.3f}" for share in shares]
         cells += [f"{figures['seconds']:.0f}", f"{figures['peak_bytes'] / 1e6:.0f}"]
         text.append("| " + " | ".join([name, *cells]) + " |")
