@@ -144,7 +144,8 @@ def measure(task: str, passes: list[str], share: float, budget: str) -> dict[str
         report = result.export(str(Path(folder) / "model.onnx"))
     return figures | {
         "macs": result.report.macs.ratio, "params": result.report.parameters.ratio, "seconds": seconds,
-        "peak_bytes": peak, "latency": report.latency_ratio, "size": report.size_bytes / (report.baseline_size_bytes or 1),
+        "peak_bytes": peak, "latency": report.latency_ratio,
+        "size": report.size_bytes / (report.baseline_size_bytes or 1),
     }  # fmt: skip
 
 
