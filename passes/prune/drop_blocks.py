@@ -5,9 +5,9 @@
 Branches and layers are those that `analysis/blocks` finds, in transformers, residual convolutional networks and U-Nets
 alike. Which ones go is decided by
 
-    cosine      1 - mean cos(x, y) of what goes in and comes out ("ShortGPT: Layers in Large Language Models are More
-                Redundant Than You Expect")
-    influence   how far the model's outputs move when it alone is gone ("FuseGPT: Learnable Layers Fusion of Generative
+    cosine      1 - mean cos(x, y) of what goes in and comes out ("Layers in Large Language Models are More Redundant
+                Than You Expect")
+    influence   how far the model's outputs move when it alone is gone ("Learnable Layers Fusion of Generative
                 Pre-trained Transformers", its macro influence)
     additive    the same, added up, as the costs of a knapsack: the cheapest set that saves enough ("LAPTOP-Diff: Layer
                 Pruning and Normalized Distillation for Compressing Diffusion Models")

