@@ -97,6 +97,8 @@ class Prune(LossyPass):
                 decline(each.space, f"{each.space.name} has readers without weights to fit")
             elif shared := [r.site for r in each.readers if len(arguments(r.site)["weight"].users) > 1]:
                 decline(each.space, f"{each.space.name} is read by {shared[0].name}, whose weight others read as well")
+            elif along := [other.space.name for other in found if _along(each.space, other.space)]:
+                decline(each.space, f"{each.space.name} may differ along {along[0]}, which loses coordinates itself")
             else:
                 found.append(each)
         return found
@@ -158,6 +160,12 @@ class Prune(LossyPass):
             score = score if criterion.comparable else score / score.sum().clamp(min=1e-300)
             found[each.space] = score.view(each.fibres, each.space.size)
         return found
+
+
+def _along(one: Space, other: Space) -> bool:
+    """Return whether each of two spaces may lose other coordinates at every index of the other."""
+    beside = [{atom.root for atom in space.sibling_atoms} for space in (one, other)]
+    return other.atom in beside[0] and one.atom in beside[1]
 
 
 def _kept(each: Candidate, scores: Tensor, width: int) -> Tensor:

@@ -289,6 +289,22 @@ def test_a_weight_that_two_read_is_left() -> None:
     assert any("whose weight others read as well" in site.reason for site in trace["prune"].skipped)
 
 
+def test_of_two_factors_that_differ_along_each_other_one_goes() -> None:
+    class Grid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).unflatten(-1, (3, 4)).relu()
+            return self.b((y * y.mean((-2, -1), keepdim=True)).flatten(-2))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    _, after, trace = pruned(Grid(), rows(), Prune(ratio=0.5))
+    assert len(trace["prune"].facts["widths"]) == 1 and after.weights["a.weight"].shape[0] < 12
+    assert any("may differ along" in site.reason for site in trace["prune"].skipped)
+
+
 def test_deterministic() -> None:
     one, two = (pruned(network(), images(), Prune(), Budget(macs_ratio=0.5))[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.weights.values(), two.weights.values(), strict=True))
