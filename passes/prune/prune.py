@@ -88,7 +88,7 @@ class Prune(LossyPass):
         def decline(space: Space, reason: str) -> None:
             rewriter.decline(space.members[0].weight, reason)
 
-        found = []
+        found: list[Candidate] = []
         for each in find_candidates(program, analysis, decline):
             calls = dict.fromkeys(user for member in each.space.members for user in member.node.users)
             if reason := self.refusal_of([name for call in calls for name in site_names(program, call)]):
