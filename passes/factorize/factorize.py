@@ -34,7 +34,7 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import allocate, bounds_of, told
 from graphopt.passes.prune.elimination import Fit, Normal
-from graphopt.passes.prune.refit import fittable, given_matrix, rows_of
+from graphopt.passes.prune.refit import fittable, given_matrix, multiplied, rows_of
 from graphopt.pipeline import Context, LossyPass
 
 aten = torch.ops.aten
@@ -173,16 +173,13 @@ class Factorize(LossyPass):
         def show(read: Reading) -> None:
             site = read.site
             weight = program.weight(arguments(site)["weight"])
-            matrix = given_matrix(program, site)[0]
-            rows = rows_of(site, read.x, weight)[0]
-            given = rows if read.exact is None else rows_of(site, read.exact, weight)[0]
-            inputs = given.shape[1]
-            target = given @ matrix[:inputs].to(given.dtype)
-            if len(matrix) > inputs:
-                target = target + matrix[inputs:].to(target.dtype)
+            rows = rows_of(site, read.x, weight)
+            given = rows if read.exact is None else rows_of(site, read.exact, weight)
+            (target,) = multiplied(given, given_matrix(program, site))
             if site not in equations:
-                equations[site] = Normal(inputs, target.shape[1], len(matrix) > inputs)
-            equations[site].update(rows, target)
+                constant = arguments(site).get("bias") is not None
+                equations[site] = Normal(given.shape[2], target.shape[1], constant)
+            equations[site].update(rows[0], target)
 
         def settle(ready: list[fx.Node]) -> dict[fx.Node, Change]:
             changed: dict[fx.Node, Change] = {}

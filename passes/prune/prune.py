@@ -30,7 +30,7 @@ from graphopt.passes.prune.candidates import Candidate, Costs, Reader, find_cand
 from graphopt.passes.prune.criteria import CRITERIA, Scored, taylor_terms
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.elimination import Fit, Normal, eliminate
-from graphopt.passes.prune.refit import check_rows, given_matrix, new_arguments, outputs_of, rows_of, there
+from graphopt.passes.prune.refit import check_rows, given_matrix, multiplied, new_arguments, outputs_of, rows_of, there
 from graphopt.pipeline import Context, LossyPass, site_names
 
 Name = Literal["reconstruction", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"]
@@ -330,9 +330,7 @@ def _update(
     rows = rows_of(site, x, weight)
     given = rows if exact is None or exact is x else rows_of(site, exact, weight)
     inputs = given.shape[2]
-    target = given @ matrix[:, :inputs].to(given.dtype)
-    if constant := matrix.shape[1] > inputs:
-        target = target + matrix[:, inputs:].to(target.dtype)
+    target, constant = multiplied(given, matrix), matrix.shape[1] > inputs
     if drift is not None:
         target = target + outputs_of(site, drift, len(target)).to(target.dtype)
     if site not in equations:

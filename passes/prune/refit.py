@@ -69,6 +69,12 @@ def given_matrix(program: Program, site: fx.Node) -> Tensor:
     return torch.cat([matrix, constant], 1)
 
 
+def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return what a site gives [P, T, R] for the rows [P, T, K] and its matrix [P, K (+ 1), R], in the rows' dtype."""
+    wide, inputs = matrix.to(rows.dtype), rows.shape[-1]
+    return rows @ wide[:, :inputs] + wide[:, inputs:].sum(1, keepdim=True)  # there is a constant, or nothing
+
+
 def check_rows(who: str, site: fx.Node, count: int, inputs: int) -> None:
     """Raise GraphoptError where a site has several inputs for each row of data: damping would be all there is."""
     if _FEW * count < inputs:

@@ -20,18 +20,16 @@ import math
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import machine
 import records
 from environments import ROOT, python_of
+from rows import measure_row
 
 RESULTS = ROOT / "runs" / "bench" / "structure.jsonl"
 DIGITS, LANGUAGE = ("digits_cnn", "digits_depthwise", "digits_vit"), ("language",)
@@ -189,22 +187,9 @@ def jobs(task: str, names: list[str]) -> Iterator[tuple[str, float, list[Any]]]:
 
 def run(tasks: list[str], names: list[str]) -> None:
     """Measure rows one after the other; each is written when it is done."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     for task in tasks:
         for name, share, job in jobs(task, names):
-            command = [sys.executable, __file__, "--child", json.dumps(job)]
-            child = subprocess.run(command, env=environment, capture_output=True, text=True)
-            record: dict[str, Any] = {
-                "schema": records.SCHEMA, "task": task, "method": name, "share": share, "job": job,
-                "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), "machine": machine.describe(),
-            }  # fmt: skip
-            if child.returncode:
-                record["error"] = child.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-            else:
-                record["figures"] = json.loads(child.stdout.strip().splitlines()[-1])
-            records.append(RESULTS, [record])
-            print(f"{task} {share:g}, {name}: {record.get('figures') or record['error']}", file=sys.stderr, flush=True)
+            measure_row(__file__, RESULTS, job, task=task, method=name, share=share)
 
 
 def tables() -> str:

@@ -26,13 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import machine
 import records
 from environments import ROOT, python_of
+from rows import measure_row
 
 if TYPE_CHECKING:
     from tasks import Material
@@ -302,23 +301,9 @@ def jobs(task: str, names: list[str], widths: list[int]) -> Iterator[tuple[str, 
 
 def run(tasks: list[str], names: list[str], widths: list[int]) -> None:
     """Measure rows one after the other; each is written when it is done."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     for task in tasks:
         for name, bits, job in jobs(task, names, widths):
-            command = [sys.executable, __file__, "--child", json.dumps(job)]
-            child = subprocess.run(command, env=environment, capture_output=True, text=True)
-            record: dict[str, Any] = {
-                "schema": records.SCHEMA, "task": task, "method": name, "bits_wanted": bits, "job": job,
-                "date": datetime.now(UTC).date().isoformat(), "commit": commit.strip(), "machine": machine.describe(),
-            }  # fmt: skip
-            if child.returncode:
-                record["error"] = child.stderr.strip().splitlines()[-1:] or ["it ended without a word"]
-            else:
-                record["figures"] = json.loads(child.stdout.strip().splitlines()[-1])
-            records.append(RESULTS, [record])
-            shown = record.get("figures") or record["error"]
-            print(f"{task} {bits} bits, {name}: {shown}", file=sys.stderr, flush=True)
+            measure_row(__file__, RESULTS, job, task=task, method=name, bits_wanted=bits)
 
 
 def tables() -> str:

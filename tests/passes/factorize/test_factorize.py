@@ -6,12 +6,12 @@ import copy
 import dataclasses
 from typing import Any
 
-import onnxruntime
 import pytest
 import targets
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runtime_files import run_file
 from torch import Tensor, nn
 
 import graphopt
@@ -49,13 +49,11 @@ def factorized(
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 4), st.booleans())
 def test_is_the_best_map_of_its_rank(seed: int, rank: int, bias: bool) -> None:
-    """Against alternating least squares from the answer: nothing near it is better, and random maps are not."""
+    """Its error is that of the outputs' singular values that are left out, the least that a rank allows."""
     torch.manual_seed(seed)
     module, batches = nn.Sequential(nn.Linear(12, 10, bias=bias)), rows(seed=seed)
     share = (rank * 22 + 10 * bias) / (120 + 10 * bias)
     program, after, trace = factorized(module, batches, Factorize(), Budget(params_ratio=share))
-    if not trace["factorize"].changed:
-        return
     found = trace["factorize"].facts["ranks"]["linear"][1]
     x = torch.cat([batch[0] for batch in batches]).double()
     target = program(x.float()).double()
@@ -137,10 +135,8 @@ def test_exports_and_runs(tmp_path: Any) -> None:
         calibration=rows(), budget=Budget(params_ratio=0.7),
     )  # fmt: skip
     result.export(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (x,) = rows()[0]
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), result(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_file(tmp_path / "model.onnx", x), result(x), rtol=1e-4, atol=1e-5)
     assert result.report.parameters.ratio <= 0.7
 
 
