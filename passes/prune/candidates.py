@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from graphopt.analysis.blocks import find_blocks
 from graphopt.analysis.cost import node_macs, shape_of
-from graphopt.analysis.spaces import Analysis, Space, Widths
+from graphopt.analysis.spaces import Analysis, Read, Space, Widths
 from graphopt.analysis.spaces.axes import axis_size, leaves
 from graphopt.ir import Program, arguments, operator
 from graphopt.passes.prune.deletion import Deletion, Undeletable
+from graphopt.passes.prune.refit import fittable
 from graphopt.quantization.matrices import to_matrix
 
 _READERS = ("linear", "conv1d", "conv2d", "conv3d")
@@ -22,14 +23,32 @@ _READERS = ("linear", "conv1d", "conv2d", "conv3d")
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A linear or a convolution that contracts a space by a weight of its own.
+    """A linear or a convolution that contracts a space by its weight.
 
     Attributes:
         site: the call.
         labels: int64 [P, K], which coordinate (fibre after fibre) each input of its matrix holds; -1: none.
+        fitted: whether it can be fitted anew: the weight, and the bias, are its own.
     """
 
     site: fx.Node
+    labels: Tensor
+    fitted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of two activations that contracts a space: q k^T of an attention.
+
+    Attributes:
+        site: the call. left, right: what it multiplies, [..., T, E] and [..., S, E], or [..., E, S] if `flipped`.
+        labels: int64 [..., E], which coordinate each place of the left one holds, over all but T; -1: none.
+    """
+
+    site: fx.Node
+    left: fx.Node
+    right: fx.Node
+    flipped: bool
     labels: Tensor
 
 
@@ -39,13 +58,14 @@ class Candidate:
 
     Attributes:
         space: which.
-        readers: who contracts it by weights.
-        others: operators that contract it with another activation.
+        readers: who contracts it by weights. products: who contracts it with another activation.
+        stream: whether it is a residual stream, which every block reads.
     """
 
     space: Space
     readers: tuple[Reader, ...]
-    others: tuple[fx.Node, ...]
+    products: tuple[Product, ...]
+    stream: bool
 
     @property
     def coordinates(self) -> int:
@@ -71,29 +91,55 @@ def find_candidates(
     for space in analysis.under("permutation"):
         if space.size < 2 or not any("writes" in member.role for member in space.members):
             continue
-        if reason := _refusal(analysis, space, streams):
+        if reason := _refusal(analysis, space):
             decline(space, reason)
             continue
         weights = [read for read in space.reads if _reads_by_weight(program, read.node, read.partner)]
         sites = dict.fromkeys(read.node for read in weights)
-        readers = [Reader(site, _labels(space, site)) for site in sites]
-        others = dict.fromkeys(read.node for read in space.reads if read not in weights)
-        found.append(Candidate(space, tuple(readers), tuple(others)))
+        readers = tuple(Reader(site, _labels(space, site), fittable(program, site)) for site in sites)
+        others = [read for read in space.reads if read not in weights]
+        products = tuple(made for read in others if (made := _product(space, read)) is not None)
+        known = {each.site for each in products}
+        if unknown := [read.node for read in others if read.node not in known]:
+            decline(space, f"{space.name} is contracted by {unknown[0].name}, of whose error nothing is known")
+        elif not readers and not products:
+            decline(space, f"{space.name} has no reader that tells what its coordinates are worth")
+        else:
+            found.append(Candidate(space, readers, products, space.atom in streams))
     return found
 
 
-def _refusal(analysis: Analysis, space: Space, streams: set[object]) -> str:
+def _refusal(analysis: Analysis, space: Space) -> str:
     if space.pins:
         return f"{space.name} cannot lose coordinates: {space.pins[0]}"
     if space.counted:
         return f"{space.name} cannot lose coordinates: {space.counted[0]}"
-    if space.atom in streams:
-        return f"{space.name} is a residual stream, which every block reads"
     try:
         Deletion(analysis, {space: torch.arange(space.size - 1)})
     except Undeletable as error:
         return f"{space.name} cannot lose coordinates: {error}"
     return ""
+
+
+def _product(space: Space, read: Read) -> Product | None:
+    """Return what a read is for the operand that comes first; None for another, or an operator that is not known."""
+    named = arguments(read.node)
+    if operator(read.node) == "scaled_dot_product_attention":
+        left, right, flipped = named["query"], named["key"], False
+    elif operator(read.node) in ("matmul", "bmm"):
+        left, right, flipped = named["self"], named.get("mat2", named.get("other")), True
+    else:
+        return None
+    dims, shape = read.dims, shape_of(left)
+    if read.source is not left or len(shape) - 1 not in dims or len(shape) - 2 in dims:
+        return None
+    labels = torch.full([shape[dim] for dim in dims], -1)
+    numbers = torch.arange(space.size * math.prod(space.fibres)).reshape(*space.fibres, space.size)
+    for view in space.read_views(read, labels):
+        view.copy_(numbers.expand(view.shape))
+    places = sorted(range(len(dims)), key=lambda place: dims[place])
+    sizes = [size if dim in dims else 1 for dim, size in enumerate(shape)]
+    return Product(read.node, left, right, flipped, labels.permute(places).reshape(sizes).squeeze(-2))
 
 
 def _streams(program: Program, analysis: Analysis) -> set[object]:

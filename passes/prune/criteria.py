@@ -15,7 +15,8 @@ and Y = sum_c x_c W_c what a reader gives:
     taylor       mean over samples of (x_c dL/dx_c)^2, what the loss changes when c goes, to first order
                  ("Importance Estimation for Neural Network Pruning")
 
-Numbers of several readers add up. A new criterion is one function here.
+Numbers of several readers add up. Of queries and keys, whose reader is their product, activation, wanda and fidelity
+are what a coordinate adds to the scores, mean (q_c k_c)^2. A new criterion is one function here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from graphopt.analysis.spaces import Read
 from graphopt.calibration.gradients import read_gradients
 from graphopt.ir import Program, arguments
 from graphopt.passes.prune.candidates import Candidate
-from graphopt.passes.prune.elimination import Normal
+from graphopt.passes.prune.elimination import Normal, Unfitted
 from graphopt.pipeline import Context
 from graphopt.quantization.matrices import to_matrix
 
@@ -42,12 +43,14 @@ class Scored:
     Attributes:
         program, candidate: the space and where it lies.
         equations: by reader, the normal equations of each of its parts; empty where the criterion needs none.
+        products: what products of two activations lose; empty where the criterion needs none.
         gradients: mean squared x dL/dx [coordinates], where the criterion needs it.
     """
 
     program: Program
     candidate: Candidate
     equations: Mapping[fx.Node, Sequence[Normal]] = field(default_factory=dict)
+    products: Sequence[Unfitted] = ()
     gradients: Tensor | None = None
 
 
@@ -96,13 +99,21 @@ def lamp(given: Scored) -> Tensor:
 
 
 def distortion(given: Scored) -> Tensor:
-    through = _sum(_squares(given, "writes"), given) * _sum(_squares(given, "reads"), given)
+    writes, reads = _squares(given, "writes"), _squares(given, "reads")
+    if not reads:
+        writes, reads = writes[:1], writes[1:]  # queries and keys read each other
+    through = _sum(writes, given) * _sum(reads, given)
     return through / through.sum().clamp(min=1e-300)
 
 
 def _by_reader(given: Scored, score: Callable[[Normal, Tensor, Tensor], Tensor]) -> Tensor:
-    """Add up score(normal, W [K, R], one-hot [coordinates, K]) over the parts of all readers."""
+    """Add up score(normal, W [K, R], one-hot [coordinates, K]) over the parts of all readers.
+
+    Where there is none but products of two activations: what each coordinate adds to these.
+    """
     total = torch.zeros(given.candidate.coordinates, dtype=torch.float64)
+    for product in () if given.candidate.readers else given.products:
+        total.index_add_(0, *product.costs())
     for reader in given.candidate.readers:
         matrix = to_matrix(given.program.weight(arguments(reader.site)["weight"]).detach(), reader.site).double()
         for normal, part, labels in zip(given.equations[reader.site], matrix, reader.labels, strict=True):

@@ -78,12 +78,8 @@ class Deletion:
     def edit(self, node: fx.Node, **named: Any) -> None:
         self._edits.append((node, named))
 
-    def apply(self, rewriter: Rewriter, values: Mapping[fx.Node, Tensor] | None = None) -> None:
-        """Rewrite; the program must be the one that was analysed, unchanged since.
-
-        `values` are new values of weights, of the old sizes, by the node that reads them.
-        """
-        values = values or {}
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite; the program must be the one that was analysed, unchanged since."""
         nodes = list(rewriter.graph.nodes)
         for node, named in self._edits:
             rewriter.rewire(node, **named)
@@ -97,14 +93,13 @@ class Deletion:
             rewriter.replace(node, scaled)
         for node in nodes:
             axes = self.axes(node) if node.op == "get_attr" else []
-            if node in values or any(self.touches(axis) for axis in axes):
-                self._cut(rewriter, node, axes, values.get(node))
+            if any(self.touches(axis) for axis in axes):
+                self._cut(rewriter, node, axes)
         for node, ratio in self._norms:
             self._rescale(rewriter, node, ratio)
 
-    def _cut(self, rewriter: Rewriter, node: fx.Node, axes: list[Axis], value: Tensor | None) -> None:
-        before, selection = rewriter.reader(node) if value is None else lambda: value, self.selection
-        dtype = rewriter.program.weight(node).dtype
+    def _cut(self, rewriter: Rewriter, node: fx.Node, axes: list[Axis]) -> None:
+        before, selection, dtype = rewriter.reader(node), self.selection, rewriter.program.weight(node).dtype
         rewriter.replace(node, rewriter.weight(lambda: selection.take(axes, before()), str(node.target), dtype, node))
 
     def _rescale(self, rewriter: Rewriter, node: fx.Node, ratio: float) -> None:

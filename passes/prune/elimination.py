@@ -134,39 +134,66 @@ class Fit:
         return max(fitted, 0.0) / normal.variance
 
 
-def eliminate(fits: Sequence[Fit], coordinates: int, remove: int, fibres: int = 1) -> tuple[list[int], list[float]]:
-    """Remove coordinates from all fits that read them, each time those that cost least.
+class Unfitted:
+    """A sum over coordinates in which nothing can be fitted: what goes is missing.
+
+    Of terms t_k that add up, those that are gone leave the error 1_g^T H 1_g with H_kl = sum over the data of t_k t_l.
+    Of an unfitted reader H = X^T X * W W^T, of scores q k^T of an attention H = Q^T Q * K^T K, entry by entry.
+
+    Args:
+        products: H [K, K]. labels: [K], the coordinate that each term belongs to; -1: one that stays.
+        variance: what errors are relative to.
+    """
+
+    def __init__(self, products: Tensor, labels: Tensor, variance: float) -> None:
+        self._left = sorted(set(labels.tolist()) - {-1})
+        held = (torch.tensor(self._left)[:, None] == labels).to(products.dtype)
+        self._products = held @ products @ held.mT
+        self._gone = torch.zeros(len(self._left), dtype=torch.bool)
+        self._variance = max(variance, 1e-300)
+
+    def costs(self) -> tuple[Tensor, Tensor]:
+        """Return the coordinates that are left, and what removing each of them costs, relative to the variance."""
+        with_gone = self._products[:, self._gone].sum(1)
+        costs = (self._products.diagonal() + 2 * with_gone) / self._variance
+        return torch.tensor(self._left)[~self._gone], costs[~self._gone]
+
+    def remove(self, coordinates: Sequence[int]) -> None:
+        """Take coordinates away."""
+        for each in set(coordinates) & set(self._left):
+            self._gone[self._left.index(each)] = True
+
+    def error(self) -> float:
+        """Return the squared error over the data, relative to the variance."""
+        return float(self._products[self._gone][:, self._gone].sum()) / self._variance
+
+
+def eliminate(
+    fits: Sequence[Fit | Unfitted], coordinates: int, remove: int, fibres: int = 1
+) -> tuple[Tensor, list[float]]:
+    """Remove coordinates from all fits that read them, each time those that cost least, one of every fibre.
 
     Args:
         fits: readers of one space of `coordinates` coordinates, as many in each of `fibres` fibres, fibre after fibre.
-        remove: how many go, as many from each fibre; a multiple of `fibres`.
+        remove: how many go of each fibre.
 
-    Returns what goes, in that order, and the sum of relative errors after each.
+    Returns which go [remove, fibres], numbered within their fibre, first first, and the sum of relative errors after
+    0, 1, 2 ... of each fibre.
     """
-    each = coordinates // fibres
-    room = torch.full((fibres,), remove // fibres)
-    gone: list[int] = []
-    errors: list[float] = []
+    gone = torch.zeros(0, fibres, dtype=torch.int64)
+    first = torch.arange(fibres) * (coordinates // fibres)
+    errors = [0.0]
     start = sum(fit.error() for fit in fits)
     while len(gone) < remove:
-        costs = torch.full((coordinates,), 0.0, dtype=torch.float64)
+        costs = torch.zeros(coordinates, dtype=torch.float64)
         for fit in fits:
             left, found = fit.costs()
             costs.index_add_(0, left, found)
-        costs[torch.tensor(gone, dtype=torch.int64)] = torch.inf
-        full = (room <= 0).nonzero().flatten()
-        costs.view(fibres, each)[full] = torch.inf
+        costs[(first + gone).flatten()] = torch.inf
         count = max(1, (remove - len(gone)) // _AT_ONCE)
-        chosen: list[int] = []
-        for place in costs.argsort().tolist():
-            if len(chosen) == count or costs[place] == torch.inf:
-                break
-            if room[place // each] > 0:
-                room[place // each] -= 1
-                chosen.append(place)
+        chosen = costs.view(fibres, -1).argsort(dim=-1, stable=True)[:, :count].mT
         for fit in fits:
-            fit.remove(chosen)
-        gone += chosen
-        after = sum(fit.error() for fit in fits) - start
-        errors += [max(after, 0.0)] * len(chosen)
+            fit.remove((first + chosen).flatten().tolist())
+        gone = torch.cat([gone, chosen])
+        errors += [max(sum(fit.error() for fit in fits) - start, 0.0)] * count
     return gone, errors

@@ -1,6 +1,7 @@
 """Fit linears and convolutions of a changed program to what another program has at the same places.
 
-    W, b = argmin |X W + b - (T - s)|^2    T: the other program's value at a join, s: what the site is added to there
+    W, b = argmin |X W + b - (T - s)|^2    T: what the other program has, of the site itself, where s = 0, or of the
+                                           join where the site is added to s
 
 Sites are fitted in the order of the data, each on what the fitted ones before it give. Of a chain of blocks each so
 takes back what the blocks before it, changed or removed, have left wrong in the residual stream.
@@ -37,6 +38,11 @@ def fittable(program: Program, node: fx.Node) -> bool:
 def rows_of(site: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
     """Return what a site multiplies with its matrix, [P, T, K]."""
     return patches(x, tuple(weight.shape), {} if operator(site) == "linear" else arguments(site))
+
+
+def output_dim(program: Program, site: fx.Node) -> int:
+    """Return the dimension of a site's output that its weight gives, from the last."""
+    return -1 if operator(site) == "linear" else 1 - program.weight(arguments(site)["weight"]).dim()
 
 
 def outputs_of(site: fx.Node, value: Tensor, parts: int) -> Tensor:
@@ -99,19 +105,30 @@ def there(program: Program, sites: set[fx.Node], node: fx.Node, site: fx.Node) -
     return level[node] + (node in sites) <= level[site]
 
 
-def in_order(program: Program, sites: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
+def in_order(program: Program, sites: Mapping[fx.Node, fx.Node], alone: bool = False) -> dict[fx.Node, fx.Node]:
     """Return those of the sites, by the additions that read them, whose other operand is there when they are fitted.
 
-    Where both operands of an addition could be fitted that is the later one.
+    Where both operands of an addition could be fitted that is the later one. A site that comes with itself is no
+    operand; with `alone` those that are dropped become such, and are fitted to what they gave.
     """
+    aims = dict(sites)
+
+    def drop(site: fx.Node) -> None:
+        if alone:
+            aims[site] = site
+        else:
+            del aims[site]
+
     last = {join: site for site, join in sites.items()}  # of graph order
-    found = {site: join for site, join in sites.items() if last[join] is site}
+    for site in [site for site, join in sites.items() if last[join] is not site]:
+        drop(site)
     while True:
-        early = [site for site, join in found.items() if not there(program, set(found), added_to(site, join), site)]
+        joined = [(site, added_to(site, join)) for site, join in aims.items() if join is not site]
+        early = [site for site, other in joined if not there(program, set(aims), other, site)]
         if not early:
-            return found
+            return aims
         for site in early:
-            del found[site]
+            drop(site)
 
 
 class _Reference(Staged):
@@ -156,20 +173,22 @@ def refit(
     progress: Progress,
     who: str,
     spill: bool = False,
+    kept: Mapping[fx.Node, Tensor] | None = None,
 ) -> tuple[dict[fx.Node, Tensor], dict[str, float]]:
     """Fit sites of `after` to `before`.
 
     Args:
         before: has the targets. Left as it is, like `after`.
-        sites: calls that `fittable` allows and `in_order` leaves, each with the addition that is its one reader;
-            `before` has a value of the addition's name.
+        sites: calls that `fittable` allows and `in_order` leaves, each with the addition that is its one reader, or
+            with itself; `before` has a value of that name.
         who: asks, for messages.
+        kept: of sites that have lost outputs, the indices of those that are left.
 
     Returns new values by the weights that hold them, and by site the squared error that is left, relative to what the
     target varies. Raises GraphoptError where there are fewer rows than inputs.
     """
     level = levels(after, set(sites))
-    beside = {site: added_to(site, join) for site, join in sites.items()}
+    beside = {site: added_to(site, join) for site, join in sites.items() if join is not site}
     last = max((level[site] for site in sites), default=-1)
     joins = [sorted({sites[site].name for site in sites if level[site] == each}) for each in range(last + 1)]
     reference = _Reference(before, joins, batches, spill)
@@ -181,8 +200,10 @@ def refit(
         site = read.site
         weight = after.weight(arguments(site)["weight"])
         rows = rows_of(site, read.x, weight)
-        assert read.beside is not None
-        wanted = reference.values(level[site], read.batch)[sites[site].name] - read.beside
+        wanted = reference.values(level[site], read.batch)[sites[site].name]
+        if kept is not None and site in kept:
+            wanted = wanted.index_select(output_dim(after, site), kept[site])
+        wanted = wanted if read.beside is None else wanted - read.beside
         target = outputs_of(site, wanted, len(rows))
         if site not in equations:
             constant = arguments(site).get("bias") is not None

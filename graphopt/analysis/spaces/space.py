@@ -159,13 +159,17 @@ class Space:
 
         `value` [..., *sizes of read.dims] has the dimensions on which the space lies last.
         """
-        return self._stacked(blocks(value.detach().contiguous(), read.axes, read.slots, self._sibling_atoms))
+        return self._stacked(self.read_views(read, value.detach().contiguous()))
+
+    def read_views(self, read: Read, value: Tensor) -> Iterator[Tensor]:
+        """Yield views [..., *fibres, size] of a contiguous tensor [..., *sizes of read.dims]: writes go to `value`."""
+        return blocks(value, read.axes, read.slots, self._sibling_atoms)
 
     def transform_read(self, read: Read, value: Tensor, change: Tensor | None) -> Tensor:
         """Return what an activation [..., *sizes of read.dims] becomes when the space changes, in float64."""
         change = self.checked(change)
         after = value.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        for view in blocks(after, read.axes, read.slots, self._sibling_atoms):
+        for view in self.read_views(read, after):
             view.copy_(apply(self.symmetry, change, view, read.dual))
         return after
 
