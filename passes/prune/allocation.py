@@ -2,7 +2,7 @@
 
 Every space has a curve: the error that each number of removed coordinates leaves, in a measure that is comparable
 between spaces. Widths shrink one admissible step at a time, always where the next step costs least error for what it
-saves, until the budget holds.
+saves, until the budget holds; what the last steps saved too much is given back where it takes most error away.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def allocate(
     """
     place = dict.fromkeys(widths, 0)
 
-    def now(changed: Key | None = None) -> dict[Key, int]:
-        return {each: widths[each][at + (each is changed)] for each, at in place.items()}
+    def now(changed: Key | None = None, by: int = 1) -> dict[Key, int]:
+        return {each: widths[each][at + by * (each is changed)] for each, at in place.items()}
 
     while broken := [bound for bound in bounds if bound.of(now()) > bound.limit]:
         best: tuple[float, Key] | None = None
@@ -115,6 +115,11 @@ def allocate(
                 if best is None or price < best[0]:
                     best = price, each
         if best is None:
-            break
+            return now()
         place[best[1]] += 1
-    return now()
+    while True:
+        wider = [each for each, at in place.items() if at and all(b.of(now(each, -1)) <= b.limit for b in bounds)]
+        gains = {each: errors[each][now()[each]] - errors[each][now(each, -1)[each]] for each in wider}
+        if not gains:
+            return now()
+        place[max(gains, key=lambda each: gains[each])] -= 1

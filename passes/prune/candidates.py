@@ -177,7 +177,8 @@ class Costs:
         self._products = [
             node for node in program.graph.nodes if node.op == "call_function" and node_macs(node)
         ]
-        self._weights = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
+        read = [node for node in program.graph.nodes if node.op == "get_attr" and node.users]
+        self._weights = {str(node.target): node for node in read}
 
     def macs(self, widths: Mapping[Space, int]) -> int:
         shape = self._shape(Widths(widths))

@@ -8,6 +8,7 @@ and Y = sum_c x_c W_c what a reader gives:
                  ("Layer-adaptive Sparsity for the Magnitude-based Pruning")
     distortion   |V_c|^2 |W_c|^2 / sum_d |V_d|^2 |W_d|^2: the share of the module's map that goes through c, no data
                  needed (after "Data-independent Module-aware Pruning for Hierarchical Vision Transformers")
+    variance     mean |x_c|^2 |W_c|^2: what c adds to the output; of principal coordinates these numbers add up
     activation   mean |x_c|^2 ("2SSP: A Two-Stage Framework for Structured Pruning of LLMs")
     wanda        (mean |x_c|^2)^1/2 sum |W_c| ("A Simple and Effective Pruning Approach for Large Language Models")
     fidelity     <Y, x_c W_c>^2 / (|x_c W_c|^2 |Y|^2): the share of the output that c alone reconstructs
@@ -130,6 +131,12 @@ def activation(given: Scored) -> Tensor:
     return _by_reader(given, lambda normal, weight, held: held @ _energies(normal, len(weight)))
 
 
+def variance(given: Scored) -> Tensor:
+    return _by_reader(
+        given, lambda normal, weight, held: held @ (_energies(normal, len(weight)) * weight.square().sum(1))
+    )
+
+
 def wanda(given: Scored) -> Tensor:
     return _by_reader(
         given, lambda normal, weight, held: held @ (_energies(normal, len(weight)).sqrt() * weight.abs().sum(1))
@@ -156,6 +163,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(magnitude),
     "lamp": Criterion(lamp, comparable=True),
     "distortion": Criterion(distortion, comparable=True),
+    "variance": Criterion(variance, inputs=True),
     "activation": Criterion(activation, inputs=True),
     "wanda": Criterion(wanda, inputs=True),
     "fidelity": Criterion(fidelity, inputs=True),

@@ -13,9 +13,9 @@ Lossy. The result is a smaller dense graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,10 +28,9 @@ from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
 from graphopt.passes.prune.candidates import Candidate, Costs, find_candidates
 from graphopt.passes.prune.deletion import Deletion
-from graphopt.passes.prune.ranking import Order, by_criterion, by_reconstruction
+from graphopt.passes.prune.ranking import by_criterion, by_reconstruction
 from graphopt.passes.prune.refit import fittable, in_order, output_dim, refit
-from graphopt.passes.prune.rotation import Explained, explain
-from graphopt.passes.transform.reparameterize import Reparameterization
+from graphopt.passes.prune.rotation import turn
 from graphopt.pipeline import Context, LossyPass, site_names
 
 Name = Literal[
@@ -47,8 +46,9 @@ class Prune(LossyPass):
         ratio: the share of each space that goes; None: what the budget's macs_ratio, params_ratio and size_ratio ask
             for, shared out among the spaces by what it costs each.
         criterion: by which coordinates go. reconstruction: backward elimination, by the error that a reader fitted
-            anew leaves. variance: spaces are rotated, so that few coordinates explain what is there; see
-            `graphopt.passes.prune.rotation`. Others: see `graphopt.passes.prune.criteria`.
+            anew leaves. Others: see `graphopt.passes.prune.criteria`.
+        turn: whether spaces that are free to are turned to their principal coordinates before, so that few of them hold
+            most of what is there; see `graphopt.passes.prune.rotation`.
         streams: whether residual streams lose coordinates, too: the hidden width.
         resolve: whether readers are fitted anew; else they only lose what they read.
         floor: share of each space that stays at least.
@@ -56,11 +56,13 @@ class Prune(LossyPass):
         spill: keep activations in files between stages.
     """
 
-    requires = ("canonicalize",)
+    # The last three let residual streams be turned.
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "fold_layer_scale", "fold_norm_affine", "center_norms")
 
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     criterion: Name = "reconstruction"
-    streams: bool = False
+    turn: bool = True
+    streams: bool = True
     resolve: bool = True
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     multiple: Annotated[int, Field(ge=0)] = 0
@@ -69,28 +71,28 @@ class Prune(LossyPass):
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
         analysis = analyze(program)
-        candidates = self._candidates(program, analysis, rewriter.decline)
+        candidates = self._candidates(
+            program, analysis, lambda space, reason: rewriter.decline(space.members[0].weight, reason)
+        )
         if not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
             return rewriter.finish()
-        explained = explain(program, analysis, candidates, context) if self.criterion == "variance" else {}
-        widths, orders = self._widths(program, analysis, candidates, context, explained)
-        chosen = [each for each in candidates if widths[each.space] < each.space.size]
-        if not chosen:
+        if not self._goes(program, analysis, candidates, context):
             return rewriter.finish()
-        kept = {each.space.name: orders[each.space].kept(each.space, widths[each.space]) for each in chosen}
-        if explained and _turn(rewriter, [explained[each.space] for each in chosen]):
+        if self.turn and context.calibration is not None and turn(rewriter, analysis, candidates, context):
             analysis = analyze(program)
-            chosen = [each for each in self._candidates(program, analysis, _silent) if each.space.name in kept]
+            candidates = self._candidates(program, analysis, lambda *_: None)
+        kept = self._kept(program, analysis, candidates, context)
+        chosen = [each for each in candidates if each.space in kept]
         before = program.clone()
-        deletion = Deletion(analysis, {each.space: kept[each.space.name] for each in chosen})
+        deletion = Deletion(analysis, kept)
         sites, left = _to_fit(program, analysis, deletion, chosen) if self.resolve else ({}, {})
         deletion.apply(rewriter)
+        widths = {each.space.name: [each.space.size, kept[each.space].shape[-1]] for each in chosen}
         for each in chosen:
-            stay = f"{kept[each.space.name].shape[-1]} of {each.space.size} coordinates stay"
-            rewriter.touch(each.where, f"{each.space.name}: {stay}")
-        rewriter.note(widths={each.space.name: [each.space.size, kept[each.space.name].shape[-1]] for each in chosen})
-        rewriter.note(kept={name: each.tolist() for name, each in kept.items()})
+            size, width = widths[each.space.name]
+            rewriter.touch(each.where, f"{each.space.name}: {width} of {size} coordinates stay")
+        rewriter.note(widths=widths, kept={space.name: each.tolist() for space, each in kept.items()})
         if sites:
             batches = context.needed_calibration(self.name)
             aims = in_order(program, sites, alone=True)
@@ -101,55 +103,71 @@ class Prune(LossyPass):
         return rewriter.finish()
 
     def _candidates(
-        self, program: Program, analysis: Analysis, decline: Callable[[fx.Node | str, str], None]
+        self, program: Program, analysis: Analysis, decline: Callable[[Space, str], Any]
     ) -> list[Candidate]:
-        def left(space: Space, reason: str) -> None:
-            decline(space.members[0].weight, reason)
-
         found: list[Candidate] = []
-        for each in find_candidates(program, analysis, left):
-            calls = dict.fromkeys(user for member in each.space.members for user in member.node.users)
-            if reason := self.refusal_of([name for call in calls for name in site_names(program, call)]):
-                left(each.space, reason)
+        for each in find_candidates(program, analysis, decline):
+            if reason := self._left_out(program, each):
+                decline(each.space, reason)
             elif each.stream and not self.streams:
-                left(each.space, f"{each.space.name} is a residual stream, which every block reads: see streams")
+                decline(each.space, f"{each.space.name} is a residual stream, which every block reads: see streams")
             elif along := [other.space.name for other in found if _along(each.space, other.space)]:
-                left(each.space, f"{each.space.name} may differ along {along[0]}, which loses coordinates itself")
+                decline(each.space, f"{each.space.name} may differ along {along[0]}, which loses coordinates itself")
             else:
                 found.append(each)
         return found
 
-    def _widths(
-        self,
-        program: Program,
-        analysis: Analysis,
-        candidates: Sequence[Candidate],
-        context: Context,
-        explained: Mapping[Space, Explained],
-    ) -> tuple[dict[Space, int], dict[Space, Order]]:
-        """Return the width of every candidate, and in which order its coordinates go, where any do.
+    def _left_out(self, program: Program, each: Candidate) -> str:
+        """Return why `only` or `skip` keep a space; a stream must be theirs wherever it goes."""
+        calls = dict.fromkeys(user for member in each.space.members for user in member.node.users)
+        names = [list(site_names(program, call)) for call in calls]
+        asked = names if each.stream else [[name for of_call in names for name in of_call]]
+        return next((reason for of_calls in asked if (reason := self.refusal_of(of_calls))), "")
 
-        Raises GraphoptError where no widths meet the budget.
-        """
+    def _goes(
+        self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
+    ) -> bool:
+        """Return whether anything goes; GraphoptError where no widths meet the budget."""
+        allowed, bounds = self._limits(program, analysis, candidates, context)
+        if self.ratio is not None:
+            return any(self._by_ratio(each) < each[0] for each in allowed.values())
+        return any(bound.of({}) > bound.limit for bound in bounds)
 
-        def orders(least: Mapping[Space, int]) -> dict[Space, Order]:
-            if explained:
-                return {space: each.order for space, each in explained.items()}
-            if self.criterion == "reconstruction":
-                return by_reconstruction(program, candidates, least, context, self.spill)
-            return by_criterion(program, candidates, self.criterion, context, self.spill)
+    def _kept(
+        self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
+    ) -> dict[Space, Tensor]:
+        """Return which coordinates stay, of the spaces that lose any."""
+        allowed, bounds = self._limits(program, analysis, candidates, context)
+        if self.criterion == "reconstruction":
+            ratio = self.ratio is not None
+            least = {space: self._by_ratio(each) if ratio else each[-1] for space, each in allowed.items()}
+            orders = by_reconstruction(program, candidates, least, context, self.spill)
+        else:
+            orders = by_criterion(program, candidates, self.criterion, context, self.spill)
+        if self.ratio is not None:
+            widths = {space: self._by_ratio(each) for space, each in allowed.items()}
+        else:
+            errors = {s: {width: orders[s].errors[s.size - width] for width in each} for s, each in allowed.items()}
+            widths = allocate(errors, allowed, bounds)
+        return {space: orders[space].kept(space, width) for space, width in widths.items() if width < space.size}
 
+    def _by_ratio(self, allowed: Sequence[int]) -> int:
+        assert self.ratio is not None
+        wanted = allowed[0] * (1 - self.ratio)
+        return min(allowed, key=lambda width: abs(width - wanted))
+
+    def _limits(
+        self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
+    ) -> tuple[dict[Space, list[int]], list[Bound]]:
+        """Return the widths that each space may have, and what they must hold."""
         multiple = self.multiple or context.target.width_multiple
         allowed = self._allowed(candidates, multiple)
         if self.ratio is not None:
-            wanted = {space: space.size * (1 - self.ratio) for space in allowed}
-            widths = {space: min(each, key=lambda w: abs(w - wanted[space])) for space, each in allowed.items()}
-            whole = all(width == space.size for space, width in widths.items())
-            return widths, {} if whole else orders(widths)
+            return allowed, []
         costs = Costs(program, analysis)
         bounds = bounds_of(context, program, costs.macs, costs.parameters, "prune(ratio=...)")
         if all(bound.of({}) <= bound.limit for bound in bounds):
-            return {space: space.size for space in allowed}, {}
+            return allowed, bounds
 
         def missed() -> list[Bound]:
             least = {space: each[-1] for space, each in allowed.items()}
@@ -158,17 +176,13 @@ class Prune(LossyPass):
         while missed() and multiple > 1 and not self.multiple:
             multiple //= 2  # what is not reached with the widths that kernels like is reached with others
             allowed = self._allowed(candidates, multiple)
-        least = {space: each[-1] for space, each in allowed.items()}
         if short := missed():
+            least = {space: each[-1] for space, each in allowed.items()}
             raise GraphoptError(
                 f"{self.name} cannot meet {told(short, least)} with the {len(candidates)} spaces that can lose width "
                 f"and floor={self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
             )
-        found = orders(least)
-        by_width = {
-            space: {width: found[space].errors[space.size - width] for width in each} for space, each in allowed.items()
-        }
-        return allocate(by_width, allowed, bounds), found
+        return allowed, bounds
 
     def _allowed(self, candidates: Sequence[Candidate], multiple: int) -> dict[Space, list[int]]:
         return {each.space: admissible(each, multiple, self.floor) for each in candidates}
@@ -176,7 +190,7 @@ class Prune(LossyPass):
     def _held(self, program: Program, analysis: Analysis) -> str:
         """Return what keeps the largest space whole that cannot lose anything, as the end of a sentence."""
         held: dict[Space, str] = {}
-        find_candidates(program, analysis, held.__setitem__)
+        self._candidates(program, analysis, held.__setitem__)
         if not held:
             return ""
         return f"; {held[max(held, key=lambda space: len(space.members) * space.size)]}"
@@ -186,20 +200,6 @@ def _along(one: Space, other: Space) -> bool:
     """Return whether each of two spaces may lose other coordinates at every index of the other."""
     beside = [{atom.root for atom in space.sibling_atoms} for space in (one, other)]
     return other.atom in beside[0] and one.atom in beside[1]
-
-
-def _silent(node: fx.Node | str, reason: str) -> None:
-    pass
-
-
-def _turn(rewriter: Rewriter, explained: Sequence[Explained]) -> bool:
-    """Change spaces so that few coordinates explain them; return whether there were any."""
-    edits = Reparameterization(rewriter)
-    for each in explained:
-        if each.space is not None:
-            edits.apply(each.space, each.change)
-            rewriter.touch(each.space.members[0].weight, f"rotated {each.space.name} ({each.space.size})")
-    return edits.commit() > 0
 
 
 def _to_fit(

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from graphopt.calibration.batches import Batches
 from graphopt.calibration.stream import Change, Lane, Reading, Staged, Stream, levels
 from graphopt.errors import GraphoptError
-from graphopt.ir import Program, arguments, operator
+from graphopt.ir import Program, arguments, module_path, operator
 from graphopt.passes.prune.elimination import Fit, Normal
 from graphopt.progress import Progress
 from graphopt.quantization.matrices import from_matrix, patches, to_matrix
@@ -84,10 +84,9 @@ def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
 def check_rows(who: str, site: fx.Node, count: int, inputs: int) -> None:
     """Raise GraphoptError where a site has several inputs for each row of data: damping would be all there is."""
     if _FEW * count < inputs:
-        weight = arguments(site)["weight"].target
         raise GraphoptError(
-            f"{who} cannot fit the {inputs} inputs of {site.name} ({weight}) to {count} rows of calibration data; "
-            "give more samples, or resolve=False"
+            f"{who} cannot fit the {inputs} inputs of {site.name} ({module_path(site)}) to {count} rows of calibration "
+            "data; give more samples, or resolve=False"
         )
 
 

@@ -69,7 +69,10 @@ class TwoStage(Composite):
         neurons = tuple(end.name for each in mlps for end in each.ends)
         names = tuple(node.name for each in attentions for node in each.body if operator(node) in _ATTENTION)
         stages: list[Pass] = [
-            Prune(ratio=ratio, criterion="activation", resolve=self.resolve, multiple=1, floor=1e-3, only=neurons)
+            Prune(
+                ratio=ratio, criterion="activation", turn=False, streams=False, resolve=self.resolve, multiple=1,
+                floor=1e-3, only=neurons,
+            )
         ]
         if count:
             stages.append(

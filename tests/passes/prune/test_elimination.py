@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphopt.passes.prune.elimination import Fit, Normal, eliminate
+from graphopt.passes.prune.elimination import Fit, Normal, Unfitted, eliminate
 
 K, R, T = 8, 3, 200
 
@@ -74,7 +74,7 @@ def test_elimination_is_near_the_best_of_all_choices() -> None:
             least_squares(x, target, torch.tensor([i in kept for i in range(K)]))[1]
             for kept in itertools.combinations(range(K), K // 2)
         )
-        assert len(set(gone)) == K // 2 and errors == sorted(errors)
+        assert len(gone.unique()) == K // 2 and errors == sorted(errors)
         assert errors[-1] >= best * 0.98 - 1e-3
         ratios.append(errors[-1] / best)
     assert sorted(ratios)[len(ratios) // 2] < 1.25
@@ -84,9 +84,9 @@ def test_as_many_of_every_fibre_and_inputs_of_none_stay() -> None:
     x, weight, target = drawn(3)
     labels = torch.tensor([0, 1, 2, 3, 4, 5, -1, -1])
     fit = fitted(x, weight, target, labels)
-    gone, _ = eliminate([fit], 6, 4, fibres=2)
-    assert sum(each < 3 for each in gone) == 2
-    assert bool((fit.weight[torch.tensor(gone)] == 0).all()) and float(fit.weight[6:8].abs().min()) > 0
+    gone, errors = eliminate([fit], 6, 2, fibres=2)
+    assert gone.shape == (2, 2) and len(errors) == 3 and len(set(gone[:, 0].tolist())) == 2
+    assert bool((fit.weight[gone[:, 0]] == 0).all() and (fit.weight[gone[:, 1] + 3] == 0).all()) and float(fit.weight[6:8].abs().min()) > 0
 
 
 def test_readers_add_up_their_costs() -> None:
@@ -97,7 +97,7 @@ def test_readers_add_up_their_costs() -> None:
     one[2], two[2] = 0.01, 0.01
     fits = [fitted(x, w, x @ w[:K], torch.arange(K)) for w in (one, two)]
     gone, _ = eliminate(fits, K, K - 2)
-    assert set(range(K)) - set(gone) == {0, 1}
+    assert set(range(K)) - set(gone.flatten().tolist()) == {0, 1}
 
 
 def test_many_at_once_are_nearly_as_good_as_one_by_one() -> None:
@@ -111,6 +111,31 @@ def test_many_at_once_are_nearly_as_good_as_one_by_one() -> None:
         left, costs = fit.costs()
         fit.remove([int(left[costs.argmin()])])
     assert together[-1] < 1.02 * fit.error()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 2]))
+def test_what_is_not_fitted_leaves_what_its_terms_add_up_to(seed: int, each: int) -> None:
+    """Of a reader and of scores q k^T, after every step, against the sums themselves."""
+    x, weight, _ = drawn(seed, constant=False)
+    random = torch.Generator().manual_seed(seed + 1)
+    k = torch.randn(50, K, generator=random, dtype=torch.float64)
+    labels = torch.arange(K) // each
+    for terms, products in (
+        (x[:, None] * weight.mT, (x.mT @ x) * (weight @ weight.mT)),
+        (x[:, None] * k, (x.mT @ x) * (k.mT @ k)),
+    ):
+        whole = float(terms.sum(-1).square().sum())
+        unfitted = Unfitted(products, labels, whole)
+        gone = torch.zeros(K, dtype=torch.bool)
+        while bool((~gone).any()):
+            left, costs = unfitted.costs()
+            before, chosen = unfitted.error(), int(left[costs.argmin()])
+            unfitted.remove([chosen])
+            gone |= labels == chosen
+            error = float(terms[..., gone].sum(-1).square().sum()) / whole
+            assert unfitted.error() == pytest.approx(error, rel=1e-6, abs=1e-9)
+            assert unfitted.error() - before == pytest.approx(float(costs.min()), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -127,4 +152,4 @@ def test_inputs_that_are_always_zero_go_first() -> None:
     x, weight, _ = drawn(2)
     x[:, [2, 5]] = 0
     gone, errors = eliminate([fitted(x, weight, x @ weight[:K] + weight[K], torch.arange(K))], K, 2)
-    assert sorted(gone) == [2, 5] and errors[-1] < 1e-9
+    assert sorted(gone.flatten().tolist()) == [2, 5] and errors[-1] < 1e-9

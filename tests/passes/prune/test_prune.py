@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_nothing_is_the_identity() -> None:
 def test_every_criterion_prunes_and_fitting_helps(criterion: Any) -> None:
     errors = {}
     for resolve in (True, False):
-        each = Prune(ratio=0.5, criterion=criterion, resolve=resolve)
+        each = Prune(ratio=0.5, criterion=criterion, streams=False, resolve=resolve)
         program, after, _ = pruned(network(), images(), each)
         assert macs(after) < 0.75 * macs(program)
         errors[resolve] = noise(program, after, images(seed=1))
@@ -156,13 +157,15 @@ def test_a_decoder_loses_heads_values_and_neurons() -> None:
     torch.manual_seed(0)
     batches: Given = [(torch.randint(11, (2, 12)),) for _ in range(8)]
     _, _, trace = pruned(Decoder(), batches, Prune(ratio=0.5))
-    halves = {"q.out[0]": [2, 1], "q.out[1]": [2, 1], "v.out[1]": [4, 2], "gate.out": [20, 10]}
-    assert trace["prune"].facts["widths"] == halves
+    widths = trace["prune"].facts["widths"]
+    halves = {"q.out[0]": [2, 1], "q.out[1]": [2, 1], "v.out[1]": [4, 2], "gate.out": [20, 10], "q.out[2]": [2, 1]}
+    assert {name: widths[name] for name in halves} == halves
+    assert {tuple(each) for name, each in widths.items() if name not in halves} == {(12, 6)}  # the stream
 
 
 def test_the_stream_is_taken_back_where_a_reader_adds_to_it() -> None:
     """The last block's reader makes up for what the first one lost: its error is below that of fitting it alone."""
-    program, after, trace = pruned(network(), images(), Prune(ratio=0.5))
+    program, after, trace = pruned(network(), images(), Prune(ratio=0.5, streams=False))
     alone = pruned(network(), images(), Prune(ratio=0.5, only=("2", "2.*")))[2]
     both, one = trace["prune"].facts["relative_errors"], alone["prune"].facts["relative_errors"]
     (name,) = one
@@ -171,7 +174,7 @@ def test_the_stream_is_taken_back_where_a_reader_adds_to_it() -> None:
 
 
 def test_only_and_skip_bound_where() -> None:
-    _, _, trace = pruned(network(), images(), Prune(ratio=0.5, skip=("1.up",)))
+    _, _, trace = pruned(network(), images(), Prune(ratio=0.5, streams=False, skip=("1.up",)))
     assert list(trace["prune"].facts["widths"]) == ["2.up.out"]
     assert any("kept by skip" in site.reason for site in trace["prune"].skipped)
     _, _, trace = pruned(network(), images(), Prune(ratio=0.5, only=("1.down.weight",)))
@@ -218,7 +221,7 @@ def refused(module: nn.Module, batches: Given, each: Prune, budget: Budget | Non
 
 
 def test_a_budget_that_cannot_be_met_says_how_far_it_gets() -> None:
-    said = refused(network(), images(), Prune(), Budget(macs_ratio=0.01))
+    said = refused(network(), images(), Prune(streams=False), Budget(macs_ratio=0.01))
     assert "cannot meet budget.macs_ratio ≤ 0.01 (it gets down to 0." in said and "residual stream" in said
 
 
@@ -233,7 +236,7 @@ def test_everything_cannot_go() -> None:
 
 def test_too_few_rows_to_fit() -> None:
     said = refused(nn.Sequential(nn.Linear(6, 200), nn.ReLU(), nn.Linear(200, 4)), rows(1), Prune(ratio=0.5))
-    assert "cannot fit the 101 inputs of linear_1 (2.weight) to 16 rows" in said and "resolve=False" in said
+    assert "cannot fit the 101 inputs of linear_1 (2) to 16 rows" in said and "resolve=False" in said
 
 
 def test_few_rows_are_damped() -> None:
@@ -275,18 +278,35 @@ def test_what_the_model_returns_and_reads_stays() -> None:
     assert "it has no width that can be pruned" in reasons
 
 
-def test_a_weight_that_two_read_is_left() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.read = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+class Shared(nn.Module):
+    """Two linears write one space, which one weight reads twice."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.read(self.a(x).relu()) + self.read(self.b(x).relu())  # type: ignore[no-any-return]
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
 
-    _, _, trace = pruned(Shared(), rows(), Prune(ratio=0.5))
-    assert not trace["prune"].changed
-    assert any("whose weight others read as well" in site.reason for site in trace["prune"].skipped)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.a(x).relu()) + self.read(self.b(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_weight_that_two_read_loses_what_adds_least_and_is_not_fitted() -> None:
+    torch.manual_seed(0)
+    model = Shared()
+    program, after, trace = pruned(model, rows(), Prune(ratio=0.5))
+    assert trace["prune"].facts["widths"] == {"a.out": [8, 4]} and "relative_errors" not in trace["prune"].facts
+    kept = torch.tensor(trace["prune"].facts["kept"]["a.out"])
+    assert torch.equal(after.weights["read.weight"], program.weights["read.weight"][:, kept])
+
+    def error(stays: Any) -> float:
+        gone = torch.tensor([index not in stays for index in range(8)])
+        total = 0.0
+        for (x,) in rows():
+            for layer in (model.a, model.b):
+                total += float((model.read.weight[:, gone] @ layer(x).relu()[:, gone].mT).square().sum())
+        return total
+
+    choices = {stays: error(stays) for stays in itertools.combinations(range(8), 4)}
+    assert error(tuple(kept.tolist())) < 1.1 * min(choices.values())
 
 
 def test_of_two_factors_that_differ_along_each_other_one_goes() -> None:
