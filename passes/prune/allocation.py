@@ -43,9 +43,16 @@ class Bound:
 
 
 def bounds_of(
-    context: Context, program: Program, macs_of: Callable[[Any], float], parameters_of: Callable[[Any], float], who: str
+    context: Context,
+    program: Program,
+    macs_of: Callable[[Any], float],
+    parameters_of: Callable[[Any], float],
+    who: str,
+    latency: Callable[[], Callable[[Any], float]] | None = None,
 ) -> list[Bound]:
-    """Return what the budget bounds of multiply-accumulates and parameters, bytes of a float file among these.
+    """Return what the budget bounds of multiply-accumulates, parameters (bytes of a float file are these), latency.
+
+    `latency`: returns what tells the latency relative to the original; None: the pass bounds no latency.
 
     Raises GraphoptError where that is nothing; `who` names the pass with the option that could say it instead.
     """
@@ -56,10 +63,12 @@ def bounds_of(
     for name in ("params_ratio", "size_ratio"):
         if (ratio := getattr(budget, name)) is not None:
             bounds.append(Bound(f"budget.{name}", ratio, parameters(original), parameters_of))
+    if budget.latency_ratio is not None and latency is not None:
+        bounds.append(Bound("budget.latency_ratio", budget.latency_ratio, 1.0, latency()))
     if not bounds:
+        fields = ["macs_ratio", "params_ratio", "size_ratio", *(["latency_ratio"] if latency else [])]
         raise GraphoptError(
-            f"{who.partition('(')[0]} needs to know how much goes: give a budget with macs_ratio, params_ratio or "
-            f"size_ratio, or {who}"
+            f"{who.partition('(')[0]} needs to know how much goes: give a budget with {', '.join(fields)}, or {who}"
         )
     return bounds
 

@@ -181,14 +181,17 @@ class Costs:
         self._weights = {str(node.target): node for node in read}
 
     def macs(self, widths: Mapping[Space, int]) -> int:
-        shape = self._shape(Widths(widths))
+        shape = self.shape(widths)
         return sum(node_macs(node, shape) for node in self._products)
 
     def parameters(self, widths: Mapping[Space, int]) -> int:
-        shape = self._shape(Widths(widths))
+        shape = self.shape(widths)
         return sum(math.prod(shape(node)) for node in self._weights.values())
 
-    def _shape(self, widths: Widths) -> Callable[[fx.Node], list[int]]:
+    def shape(self, given: Mapping[Space, int]) -> Callable[[fx.Node], list[int]]:
+        """Return what gives the sizes of a node for these widths."""
+        widths = Widths(given)
+
         def shape(node: fx.Node) -> list[int]:
             sizes, axes = shape_of(node), self._analysis.axes(node)
             if not isinstance(axes, list) or len(axes) != len(sizes):

@@ -44,6 +44,7 @@ from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import bounds_of, told
+from graphopt.passes.prune.latency import latency_of
 from graphopt.passes.prune.refit import added_to, fittable, in_order, refit
 from graphopt.pipeline import Context, LossyPass, site_names
 
@@ -73,7 +74,7 @@ class DropBlocks(LossyPass):
 
     Attributes:
         unit: layers, or single branches (an attention, an MLP, a residual block).
-        count: how many go; None: as many as the budget's macs_ratio, params_ratio and size_ratio ask for.
+        count: how many go; None: as many as the budget's macs_ratio, params_ratio, size_ratio, latency_ratio ask for.
         criterion: by which they go, see above.
         judge: divergence of the outputs, or metric: what the user's metric falls by.
         exchange: whether greedy exchanges what is gone for what stays, in the end.
@@ -211,8 +212,9 @@ class _Choice:
     def __init__(self, options: DropBlocks, program: Program, units: Sequence[Unit], context: Context) -> None:
         self.options, self.program, self.units, self.context = options, program, list(units), context
         self._bounds = [] if options.count is not None else bounds_of(
-            context, program, macs, parameters, "drop_blocks(count=...)"
-        )
+            context, program, macs, parameters, "drop_blocks(count=...)",
+            lambda: latency_of(context, program, options.name),
+        )  # fmt: skip
         self._costs: dict[frozenset[str], float] = {}
 
     def made(self) -> list[Unit]:

@@ -13,14 +13,16 @@ Lossy. The result is a smaller dense graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from graphopt.analysis import macs, parameters
 from graphopt.analysis.spaces import Analysis, Space, analyze
 from graphopt.analysis.spaces.axes import axis_size
 from graphopt.errors import GraphoptError
@@ -28,10 +30,15 @@ from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
 from graphopt.passes.prune.candidates import Candidate, Costs, find_candidates
 from graphopt.passes.prune.deletion import Deletion
+from graphopt.passes.prune.latency import LatencyTable, latency_of
 from graphopt.passes.prune.ranking import by_criterion, by_reconstruction
 from graphopt.passes.prune.refit import fittable, in_order, output_dim, refit
 from graphopt.passes.prune.rotation import turn
 from graphopt.pipeline import Context, LossyPass, site_names
+
+_ORDER = "prune(ratio=...)"
+_TRIES = 6  # widths whose latency is measured
+_NEARER = 0.98  # of what the table has to tell for the next try
 
 Name = Literal[
     "reconstruction", "variance", "magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor"
@@ -43,8 +50,8 @@ class Prune(LossyPass):
     """Prune widths.
 
     Attributes:
-        ratio: the share of each space that goes; None: what the budget's macs_ratio, params_ratio and size_ratio ask
-            for, shared out among the spaces by what it costs each.
+        ratio: the share of each space that goes; None: what the budget's macs_ratio, params_ratio, size_ratio and
+            latency_ratio ask for, shared out among the spaces by what it costs each.
         criterion: by which coordinates go. reconstruction: backward elimination, by the error that a reader fitted
             anew leaves. Others: see `graphopt.passes.prune.criteria`.
         turn: whether spaces that are free to are turned to their principal coordinates before, so that few of them hold
@@ -77,7 +84,7 @@ class Prune(LossyPass):
         if not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
             return rewriter.finish()
-        if not self._goes(program, analysis, candidates, context):
+        if not self._goes(program, candidates, context):
             return rewriter.finish()
         if self.turn and context.calibration is not None and turn(rewriter, analysis, candidates, context):
             analysis = analyze(program)
@@ -124,32 +131,51 @@ class Prune(LossyPass):
         asked = names if each.stream else [[name for of_call in names for name in of_call]]
         return next((reason for of_calls in asked if (reason := self.refusal_of(of_calls))), "")
 
-    def _goes(
-        self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
-    ) -> bool:
-        """Return whether anything goes; GraphoptError where no widths meet the budget."""
-        allowed, bounds = self._limits(program, analysis, candidates, context)
+    def _goes(self, program: Program, candidates: Sequence[Candidate], context: Context) -> bool:
+        """Return whether anything goes."""
         if self.ratio is not None:
+            allowed = self._allowed(candidates, self.multiple or context.target.width_multiple)
             return any(self._by_ratio(each) < each[0] for each in allowed.values())
-        return any(bound.of({}) > bound.limit for bound in bounds)
+        bounds = bounds_of(context, program, macs, parameters, _ORDER, lambda: latency_of(context, program, self.name))
+        return any(bound.of(program) > bound.limit for bound in bounds)
 
     def _kept(
         self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
     ) -> dict[Space, Tensor]:
-        """Return which coordinates stay, of the spaces that lose any."""
-        allowed, bounds = self._limits(program, analysis, candidates, context)
+        """Return which coordinates stay, of the spaces that lose any; GraphoptError where no widths meet the budget."""
+        if self.ratio is not None:
+            allowed = self._allowed(candidates, self.multiple or context.target.width_multiple)
+            widths = least = {space: self._by_ratio(each) for space, each in allowed.items()}
+        else:
+            allowed, bounds = self._limits(program, analysis, candidates, context)
+            least = {space: each[-1] for space, each in allowed.items()}
         if self.criterion == "reconstruction":
-            ratio = self.ratio is not None
-            least = {space: self._by_ratio(each) if ratio else each[-1] for space, each in allowed.items()}
             orders = by_reconstruction(program, candidates, least, context, self.spill)
         else:
             orders = by_criterion(program, candidates, self.criterion, context, self.spill)
-        if self.ratio is not None:
-            widths = {space: self._by_ratio(each) for space, each in allowed.items()}
-        else:
+        if self.ratio is None:
             errors = {s: {width: orders[s].errors[s.size - width] for width in each} for s, each in allowed.items()}
-            widths = allocate(errors, allowed, bounds)
+            widths = self._timed(lambda now: allocate(errors, allowed, now), bounds)
         return {space: orders[space].kept(space, width) for space, width in widths.items() if width < space.size}
+
+    def _timed(
+        self, widths_for: Callable[[Sequence[Bound]], dict[Space, int]], bounds: list[Bound]
+    ) -> dict[Space, int]:
+        """Return widths whose latency, where that is bounded, has been measured: a table only comes near it."""
+        table = next((bound.of for bound in bounds if isinstance(bound.of, LatencyTable)), None)
+        if table is None:
+            return widths_for(bounds)
+        asked, now = next(bound.ratio for bound in bounds if bound.of is table), 1.0
+        tried = []
+        for _ in range(_TRIES):
+            widths = widths_for([replace(b, ratio=b.ratio * now) if b.of is table else b for b in bounds])
+            tried.append(table.measured(widths))
+            if tried[-1] <= asked:
+                return widths
+            now *= _NEARER * asked / tried[-1]
+        raise GraphoptError(
+            f"{self.name} cannot meet budget.latency_ratio ≤ {asked:g}: what was measured gets down to {min(tried):.3g}"
+        )
 
     def _by_ratio(self, allowed: Sequence[int]) -> int:
         assert self.ratio is not None
@@ -160,29 +186,22 @@ class Prune(LossyPass):
         self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
     ) -> tuple[dict[Space, list[int]], list[Bound]]:
         """Return the widths that each space may have, and what they must hold."""
-        multiple = self.multiple or context.target.width_multiple
-        allowed = self._allowed(candidates, multiple)
-        if self.ratio is not None:
-            return allowed, []
         costs = Costs(program, analysis)
-        bounds = bounds_of(context, program, costs.macs, costs.parameters, "prune(ratio=...)")
-        if all(bound.of({}) <= bound.limit for bound in bounds):
-            return allowed, bounds
-
-        def missed() -> list[Bound]:
-            least = {space: each[-1] for space, each in allowed.items()}
-            return [bound for bound in bounds if bound.of(least) > bound.limit]
-
-        while missed() and multiple > 1 and not self.multiple:
-            multiple //= 2  # what is not reached with the widths that kernels like is reached with others
+        multiple = self.multiple or context.target.width_multiple
+        while True:
             allowed = self._allowed(candidates, multiple)
-        if short := missed():
+            table = functools.partial(LatencyTable, program, costs, allowed, context, self.name)
+            bounds = bounds_of(context, program, costs.macs, costs.parameters, _ORDER, table)
             least = {space: each[-1] for space, each in allowed.items()}
-            raise GraphoptError(
-                f"{self.name} cannot meet {told(short, least)} with the {len(candidates)} spaces that can lose width "
-                f"and floor={self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
-            )
-        return allowed, bounds
+            short = [bound for bound in bounds if bound.of(least) > bound.limit]
+            if not short:
+                return allowed, bounds
+            if multiple == 1 or self.multiple:
+                raise GraphoptError(
+                    f"{self.name} cannot meet {told(short, least)} with the {len(candidates)} spaces that can lose "
+                    f"width and floor={self.floor:g}; give more, or a lower floor{self._held(program, analysis)}"
+                )
+            multiple //= 2  # what is not reached with the widths that kernels like is reached with others
 
     def _allowed(self, candidates: Sequence[Candidate], multiple: int) -> dict[Space, list[int]]:
         return {each.space: admissible(each, multiple, self.floor) for each in candidates}

@@ -86,7 +86,7 @@ def test_as_many_of_every_fibre_and_inputs_of_none_stay() -> None:
     fit = fitted(x, weight, target, labels)
     gone, errors = eliminate([fit], 6, 2, fibres=2)
     assert gone.shape == (2, 2) and len(errors) == 3 and len(set(gone[:, 0].tolist())) == 2
-    assert bool((fit.weight[gone[:, 0]] == 0).all() and (fit.weight[gone[:, 1] + 3] == 0).all()) and float(fit.weight[6:8].abs().min()) > 0
+    assert bool((fit.weight[gone + torch.tensor([0, 3])] == 0).all()) and float(fit.weight[6:8].abs().min()) > 0
 
 
 def test_readers_add_up_their_costs() -> None:
