@@ -6,6 +6,7 @@
         state.json       how many steps of the schedule are done, and the notes so far
         program-K.pt2    the program after K steps
         trace-K/         its trace
+        checkpoint-K.pt  how far long work inside of one step is
         lock             held by the process that writes here
 
 A step is saved when it read the user's data, the others are as quick to run again. Each state is complete before
@@ -62,7 +63,7 @@ class Unfinished:
         for path in self.folder.iterdir():
             if path.name.startswith("trace-"):
                 shutil.rmtree(path)
-            elif path.name != "lock" and (path.name in _NAMES or path.name.startswith("program-")):
+            elif path.name != "lock" and (path.name in _NAMES or path.name.startswith(("program-", "checkpoint-"))):
                 path.unlink()
 
     def restore(self) -> tuple[int, Program, Trace] | None:
@@ -99,7 +100,7 @@ class Unfinished:
     def close(self) -> None:
         """Let others at the folder; without a state in it, it goes."""
         self._lock.close()
-        if not (self.folder / "state.json").exists() and not (self.folder / "journal.jsonl").exists():
+        if not any(next(self.folder.glob(f"{kind}*"), None) for kind in ("state.json", "journal.jsonl", "checkpoint-")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

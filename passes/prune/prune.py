@@ -26,13 +26,13 @@ from graphopt.analysis import macs, parameters
 from graphopt.analysis.spaces import Analysis, Space, analyze
 from graphopt.analysis.spaces.axes import axis_size
 from graphopt.errors import GraphoptError
-from graphopt.ir import Changes, Program, Rewriter, arguments, operator
+from graphopt.ir import Changes, Program, Rewriter
 from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
 from graphopt.passes.prune.candidates import Candidate, Costs, find_candidates
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.latency import LatencyTable, latency_of
 from graphopt.passes.prune.ranking import by_criterion, by_reconstruction
-from graphopt.passes.prune.refit import fittable, in_order, output_dim, refit
+from graphopt.passes.prune.refit import fittable, in_order, joined, output_dim, refit
 from graphopt.passes.prune.rotation import turn
 from graphopt.pipeline import Context, LossyPass, site_names
 
@@ -240,7 +240,7 @@ def _to_fit(
         if any(each in changed for each in node.all_input_nodes) or any(map(deletion.touches, axes)):
             changed.add(node)
         inputs = [each for each in node.all_input_nodes if each.op != "get_attr"]
-        join = _join(node)
+        join = joined(node)
         behind = join is not None and fittable(program, node) and inputs[0] in changed
         if node not in readers and not behind:
             continue
@@ -251,14 +251,3 @@ def _to_fit(
         if deletion.touches(axes[dim]):
             left[node] = deletion.selection.take([axes[dim]], torch.arange(axis_size(axes[dim])[0]))
     return sites, left
-
-
-def _join(site: fx.Node) -> fx.Node | None:
-    """Return the addition that is a site's one reader, of another call's value of the same shape."""
-    users = list(site.users)
-    if len(users) != 1 or operator(users[0]) != "add" or arguments(users[0]).get("alpha", 1) != 1:
-        return None
-    named = arguments(users[0])
-    other = named["other"] if named["self"] is site else named["self"]
-    same = isinstance(other, fx.Node) and other.op == "call_function" and other is not site
-    return users[0] if same and other.meta["val"].shape == site.meta["val"].shape else None

@@ -98,6 +98,17 @@ def added_to(site: fx.Node, join: fx.Node) -> fx.Node:
     return other
 
 
+def joined(site: fx.Node) -> fx.Node | None:
+    """Return the addition that is a site's one reader, of another call's value of the same shape."""
+    users = list(site.users)
+    if len(users) != 1 or operator(users[0]) != "add" or arguments(users[0]).get("alpha", 1) != 1:
+        return None
+    named = arguments(users[0])
+    other = named["other"] if named["self"] is site else named["self"]
+    same = isinstance(other, fx.Node) and other.op == "call_function" and other is not site
+    return users[0] if same and other.meta["val"].shape == site.meta["val"].shape else None
+
+
 def there(program: Program, sites: set[fx.Node], node: fx.Node, site: fx.Node) -> bool:
     """Return whether a value is there when a stream over `sites` shows what `site` reads: a site itself waits."""
     level = levels(program, sites)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,10 @@ from graphopt.errors import GraphoptError
 from graphopt.ir import Program
 from graphopt.ir.verify import verify
 from graphopt.passes import DropBlocks, Prune, QuantizeWeights, Recover
+from graphopt.passes.recover.recover import Step
 from graphopt.pipeline import Context, Pass, run_passes
 from graphopt.pipeline.trace import Trace
+from graphopt.progress import Silent
 
 Given = list[tuple[Tensor, ...]]
 
@@ -54,7 +59,7 @@ def error(program: Program, after: Program) -> float:
     return sum(float((after(*b) - program(*b)).square().sum()) for b in rows(4, seed=1))
 
 
-CUT = Prune(ratio=0.5, resolve=False, criterion="magnitude")
+CUT = Prune(ratio=0.5, streams=False, resolve=False, criterion="magnitude")
 
 
 def test_what_pruning_lost_comes_back() -> None:
@@ -117,6 +122,118 @@ def test_the_original_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graphopt.optimize(model, rows()[0], recipe=[CUT, Recover(steps=20)], calibration=rows())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_blocks_learn_each_for_itself() -> None:
+    program, before, _ = recovered([CUT])
+    _, after, trace = recovered([CUT, Recover(method="blocks", steps=200, rate=1e-2)])
+    assert error(program, after) < 0.3 * error(program, before)
+    changed = {name for name in before.weights if not torch.equal(before.weights[name], after.weights[name])}
+    assert changed and not any(name.startswith("4.") for name in changed)  # behind the last join
+    assert trace["recover"].facts["loss"][1] < trace["recover"].facts["loss"][0]
+
+
+def test_closed_form_is_one_reading_of_least_squares() -> None:
+    program, before, _ = recovered([CUT])
+    _, after, trace = recovered([CUT, Recover(method="closed_form")])
+    assert error(program, after) < 0.3 * error(program, before)
+    errors = trace["recover"].facts["relative_errors"]
+    assert len(errors) == 5  # the first linear, three writers of the stream, the head; the pruned ones have no target
+    batches = rows()
+    x = torch.cat([before_join(after, b) for b in batches])
+    target = torch.cat([program(*b) for b in batches])
+    solved = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1)], 1), target).solution
+    torch.testing.assert_close(after.weights["4.weight"], solved[:-1].mT, rtol=1e-2, atol=2e-3)
+
+
+def before_join(program: Program, batch: tuple[Tensor, ...]) -> Tensor:
+    """What the head reads."""
+    (head,) = [node for node in program.graph.nodes if node.name == "linear_7"]
+    return intermediate(program, head.args[0].name, batch)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def intermediate(program: Program, name: str, batch: tuple[Tensor, ...]) -> Tensor:
+    class Keep(torch.fx.Interpreter):
+        kept: Tensor
+
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name == name:
+                self.kept = value
+            return value
+
+    keep = Keep(program.graph_module)
+    keep.run(*batch)
+    return keep.kept
+
+
+@pytest.mark.parametrize("method", ["distillation", "blocks", "closed_form"])
+def test_streams_that_were_turned_and_pruned(method: Any) -> None:
+    """The residual stream lies in other coordinates, and there are fewer: what is learned aims at the right place."""
+    cut = Prune(ratio=0.25, multiple=1, resolve=False)
+    program, before, trace = recovered([cut])
+    assert [8, 6] in trace["prune"].facts["widths"].values()
+    _, after, _ = recovered([cut, Recover(method=method, steps=200, rate=3e-3)])
+    bound = {"distillation": 0.7, "blocks": 1.05, "closed_form": 1.0}[method]
+    assert error(program, after) < bound * error(program, before)
+
+
+def test_a_step_of_ones_own() -> None:
+    """A subclass trains by its own rule; the rest of the pass stays."""
+    seen: list[Step] = []
+
+    class Plain(Recover):
+        def train_step(self, given: Step) -> None:
+            seen.append(given)
+            given.optimizer.zero_grad()
+            (given.student(*given.batch) - given.teacher(*given.batch).detach()).square().mean().backward()
+            given.optimizer.step()
+
+    program, before, _ = recovered([CUT])
+    _, after, trace = recovered([CUT, Plain(steps=100, rate=1e-2)])
+    assert len(seen) == trace["plain"].facts["steps"] > 0
+    assert error(program, after) < 0.8 * error(program, before)
+
+
+class Stopping(Silent):
+    """Interrupts when so many steps of `recover` are done."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        self.began: list[int] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 0) -> Iterator[Any]:
+        owner = self
+
+        class Counted:
+            def advance(self, steps: int = 1) -> None:
+                if name == "recover":
+                    owner.began.append(steps)
+                    owner.left -= steps
+                    if owner.left <= 0:
+                        raise KeyboardInterrupt
+
+        yield Counted()
+
+
+def test_an_interrupted_training_goes_on_and_ends_alike(tmp_path: Path) -> None:
+    def run(folder: str, progress: Any) -> Any:
+        return graphopt.optimize(
+            network(), rows()[0], recipe=[CUT, Recover(steps=60)], calibration=rows(), run_dir=tmp_path / folder,
+            progress=progress,
+        )  # fmt: skip
+
+    whole = run("whole", Silent())
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", Stopping(33))
+    going = Stopping(10**6)
+    again = run("cut", going)
+    assert going.began[0] == 30 and sum(going.began) == 60
+    for name, weight in whole.program.weights.items():
+        assert torch.equal(weight, again.program.weights[name])
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_mistakes_are_sentences() -> None:
