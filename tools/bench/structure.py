@@ -15,6 +15,7 @@ original's; latency is that of both files in ONNX Runtime, one thread, in turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,20 +33,20 @@ from environments import ROOT, python_of
 from rows import measure_row
 
 RESULTS = ROOT / "runs" / "bench" / "structure.jsonl"
-DIGITS, LANGUAGE = ("digits_cnn", "digits_depthwise", "digits_vit"), ("language",)
+DIGITS, LANGUAGE = ("digits_cnn", "digits_depthwise", "digits_vit"), ("language", "language_deep")
 TASKS = (*DIGITS, *LANGUAGE)
 
 
 @dataclass(frozen=True)
 class Row:
-    """`passes(share)` gives passes as `str(pass)` writes them for a budget that leaves `share`.
+    """`passes(share)` gives passes as `str(pass)` writes them for a budget that leaves `share`; None: see `measure`.
 
     Attributes:
         budget: the field that holds the share; empty where the share is a number of layers.
     """
 
     name: str
-    passes: Callable[[float], list[str]]
+    passes: Callable[[float], list[str]] | None
     tasks: tuple[str, ...] = TASKS
     shares: tuple[float, ...] = (0.5,)
     budget: str = "macs_ratio"
@@ -60,24 +61,30 @@ def _drop(options: str) -> Callable[[float], list[str]]:
 
 
 _IMAGES: dict[str, Any] = {"tasks": DIGITS, "shares": (0.5, 0.35)}
-_SMALLER: dict[str, Any] = {"tasks": LANGUAGE, "shares": (0.75, 0.625), "budget": "params_ratio"}
-_LAYERS: dict[str, Any] = {"tasks": LANGUAGE, "shares": (1, 2, 3), "budget": ""}
+_SMALLER: dict[str, Any] = {"tasks": ("language",), "shares": (0.75, 0.625), "budget": "params_ratio"}
+_LAYERS: dict[str, Any] = {"tasks": ("language_deep",), "shares": (1, 2, 3), "budget": ""}
 _WITH_INT8: dict[str, Any] = {"tasks": ("digits_cnn",), "shares": (0.7,)}
 _INT8 = ["retype_floats", "quantize_static"]
-_BARE = "resolve=False"
+_BARE, _WHOLE = "resolve=False", "streams=False, turn=False"
 ROWS = (
-    Row("magnitude", _prune(f"criterion='magnitude', {_BARE}"), **_IMAGES),
-    Row("taylor", _prune(f"criterion='taylor', {_BARE}"), **_IMAGES),
-    Row("magnitude, readers fitted", _prune("criterion='magnitude'"), **_IMAGES),
-    Row("taylor, readers fitted", _prune("criterion='taylor'"), **_IMAGES),
-    Row("fidelity, readers fitted", _prune("criterion='fidelity'"), **_IMAGES),
+    Row("magnitude", _prune(f"criterion='magnitude', {_WHOLE}, {_BARE}"), **_IMAGES),
+    Row("taylor", _prune(f"criterion='taylor', {_WHOLE}, {_BARE}"), **_IMAGES),
+    *(
+        Row(f"{name}, readers fitted", _prune(f"criterion='{name}', {_WHOLE}"), **_IMAGES)
+        for name in ("magnitude", "lamp", "distortion", "activation", "wanda", "fidelity", "taylor")
+    ),
+    Row("variance", _prune("criterion='variance'"), **_IMAGES),
+    Row("prune, streams whole, nothing turned", _prune(_WHOLE), **_IMAGES),
     Row("prune", _prune(), **_IMAGES),
     Row("prune + recover", lambda share: ["prune", "recover"], **_IMAGES),
     Row("prune", _prune(), **_WITH_INT8),
     Row("int8", lambda share: _INT8, **{**_WITH_INT8, "budget": ""}),
     Row("prune, int8", lambda share: ["prune", *_INT8], **_WITH_INT8),
+    Row("prune, streams whole, nothing turned", _prune(_WHOLE), **_SMALLER),
+    Row("variance", _prune("criterion='variance'"), **_SMALLER),
     Row("prune", _prune(), **_SMALLER),
     Row("prune + recover", lambda share: ["prune", "recover"], **_SMALLER),
+    Row("SliceGPT", None, **_SMALLER),
     Row("2SSP", lambda share: ["two_stage"], **_SMALLER),
     Row("2SSP, fitted", lambda share: ["two_stage(resolve=True)"], **_SMALLER),
     Row("ShortGPT", lambda share: [f"drop_blocks(criterion='cosine', {_BARE})"], **_SMALLER),
@@ -87,6 +94,7 @@ ROWS = (
     Row("layers by influence", _drop(f"criterion='influence', {_BARE}"), **_LAYERS),
     Row("layers by additive influence", _drop(f"criterion='additive', {_BARE}"), **_LAYERS),
     Row("layers, greedy", _drop(_BARE), **_LAYERS),
+    Row("layers, every choice tried", None, **{**_LAYERS, "shares": (1, 2)}),
     Row("layers, greedy, fitted", _drop(""), **_LAYERS),
     Row("layers, greedy, linear maps, fitted", _drop("replace='linear'"), **_LAYERS),
 )
@@ -111,40 +119,90 @@ PEERS = (
 )
 
 
-def measure(task: str, passes: list[str], share: float, budget: str) -> dict[str, Any]:
+def measure(task: str, name: str, passes: list[str] | None, share: float, budget: str) -> dict[str, Any]:
     """Return the figures of a row; runs in a process of its own."""
     from tasks import TASKS as KNOWN
+    from tasks import deep_language
     from weights import _judged, _logits
 
     import graphopt
-    from graphopt.pipeline import builtin, parse_pass
 
-    material = KNOWN[task].make()
-    recipe = [*builtin("exact").passes, *(parse_pass(each) for each in passes)]
+    material = deep_language() if task == "language_deep" else KNOWN[task].make()
     started = time.perf_counter()
-    result = graphopt.optimize(
-        material.model, material.example_inputs, recipe=recipe, calibration=material.calibration,
-        budget=graphopt.Budget(**({budget: share} if budget else {})),
-    )  # fmt: skip
-    seconds = time.perf_counter() - started
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures: dict[str, Any] = {}
+    if name == "SliceGPT":
+        model = _sliced(material, share)
+        figures["params"] = _count(model) / _count(material.model)
+    elif passes is None:
+        model = _best_choice(material, round(share))
+    else:
+        model = _optimized(material, passes, {budget: share} if budget else {})
+    figures["seconds"] = time.perf_counter() - started
+    figures["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     language = task in LANGUAGE
     reference = list(_logits(material.model, material.heldout))
-    figures = _judged(reference, _logits(result, material.heldout), material.heldout, language)
+    figures |= _judged(reference, _logits(model, material.heldout), material.heldout, language)
     if language:
         before = _judged(reference, iter(reference), material.heldout, True)["bits_per_byte"]
         figures["rise"] = (figures["bits_per_byte"] - before) * math.log(2)
     else:
         metric = KNOWN[task].metric
         assert metric is not None
-        figures |= {"accuracy": metric()(result.module), "before": metric()(material.model)}
-    with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
-        report = result.export(str(Path(folder) / "model.onnx"))
-    return figures | {
-        "macs": result.report.macs.ratio, "params": result.report.parameters.ratio, "seconds": seconds,
-        "peak_bytes": peak, "latency": report.latency_ratio,
-        "size": report.size_bytes / (report.baseline_size_bytes or 1),
-    }  # fmt: skip
+        figures |= {"accuracy": metric()(model.module), "before": metric()(material.model)}
+    if isinstance(model, graphopt.Result):
+        with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as folder:
+            report = model.export(str(Path(folder) / "model.onnx"))
+        figures |= {
+            "macs": model.report.macs.ratio, "params": model.report.parameters.ratio, "latency": report.latency_ratio,
+            "size": report.size_bytes / (report.baseline_size_bytes or 1),
+        }  # fmt: skip
+    return figures
+
+
+def _optimized(material: Any, passes: list[str], budget: dict[str, float]) -> Any:
+    import graphopt
+    from graphopt.pipeline import builtin, parse_pass
+
+    return graphopt.optimize(
+        material.model, material.example_inputs, budget=graphopt.Budget(**budget), calibration=material.calibration,
+        recipe=[*builtin("exact").passes, *(parse_pass(each) for each in passes)],
+    )  # fmt: skip
+
+
+def _count(model: Any) -> int:
+    return sum(each.numel() for each in model.parameters())
+
+
+def _sliced(material: Any, share: float) -> Any:
+    from language.slicing import sliced_to
+
+    return sliced_to(material.model, share, [ids for (ids,) in material.calibration])
+
+
+def _best_choice(material: Any, count: int) -> Any:
+    """Return the model without the layers, of all choices of so many, that diverges least on the calibration data."""
+    from graphopt.calibration.judge import Judge
+    from graphopt.passes import DropBlocks
+
+    whole = _optimized(material, [], {})
+    judge = Judge(whole.program, _batches(material, whole.program), DropBlocks().samples)
+    names = [layer.branches[0].body[0].name for layer in _layers(whole.program)]
+    made = {}
+    for chosen in itertools.combinations(names, count):
+        made[chosen] = _optimized(material, [f"drop_blocks(count={count}, {_BARE}, only={list(chosen)!r})"], {})
+    return min(made.values(), key=lambda result: judge(result.program))
+
+
+def _layers(program: Any) -> Any:
+    from graphopt.analysis.blocks import find_blocks
+
+    return find_blocks(program).layers
+
+
+def _batches(material: Any, program: Any) -> Any:
+    from graphopt.calibration import Batches
+
+    return Batches(material.calibration, program)
 
 
 def measure_peer(task: str, importance: str, epochs: int, share: float) -> dict[str, Any]:
@@ -179,10 +237,11 @@ def jobs(task: str, names: list[str]) -> Iterator[tuple[str, float, list[Any]]]:
     """Yield name, share and what the child is given, for every row of a task."""
     for row in ROWS:
         for share in row.shares if task in row.tasks and (not names or row.name in names) else ():
-            yield row.name, share, [task, row.passes(share), share, row.budget]
+            passes = None if row.passes is None else row.passes(share)
+            yield row.name, share, ["row", task, row.name, passes, share, row.budget]
     for peer in PEERS:
         for share in peer.shares if task in peer.tasks and (not names or peer.name in names) else ():
-            yield peer.name, share, [task, peer.importance, peer.epochs, share, "peer"]
+            yield peer.name, share, ["peer", task, peer.importance, peer.epochs, share]
 
 
 def run(tasks: list[str], names: list[str]) -> None:
@@ -256,7 +315,7 @@ def main() -> None:
         parser.error(f"there is no method {unknown[0]!r}; there are {', '.join(known)}")
     if given.child:
         job = json.loads(given.child)
-        print(json.dumps(measure_peer(*job[:-1]) if job[-1] == "peer" else measure(*job)))
+        print(json.dumps(measure_peer(*job[1:]) if job[0] == "peer" else measure(*job[1:])))
     elif given.list:
         print("\n".join(known))
     elif given.docs:

@@ -119,13 +119,21 @@ def _digits_metric() -> Metric:
     return accuracy
 
 
-def _language(planted: bool) -> Material:
+def deep_language() -> Material:
+    """A decoder of 8 layers: what structure is removed from, layer by layer."""
+    from language.model import Shape
+    from language.training import Training
+
+    return _language(False, Training(Shape(width=192, hidden=512, layers=8, heads=6, groups=3)))
+
+
+def _language(planted: bool, training: Any = None) -> Material:
     from language import corpus
     from language.outliers import plant
     from language.training import Training, trained
     from made.kept import cache_folder
 
-    library, training = corpus.read(), Training()
+    library, training = corpus.read(), training or Training()
     length = training.shape.context
     samples = corpus.even_pieces(library.train, SAMPLES, length)
     model = trained(training, cache_folder())
