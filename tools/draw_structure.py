@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 from draw_spaces import COLOURS, PICTURES, PINNED, label, rectangle, svg
 
@@ -37,11 +38,13 @@ def picture(result: Result, before: float, after: float) -> str:
 
 
 def rows_of(facts: dict[str, dict[str, object]]) -> Iterator[tuple[str, list[bool], float]]:
-    """Yield the name of each space, which of its coordinates stay, and the error of the reader that was fitted."""
-    errors = list(facts["relative_errors"].values())
-    for (name, kept), error in zip(facts["kept"].items(), errors, strict=True):
-        size = facts["widths"][name][0]  # type: ignore[index]
-        yield name, [place in kept for place in range(size)], float(error)  # type: ignore[operator, arg-type]
+    """Yield the name of each space, which of its coordinates stay, and the largest error of the readers fitted."""
+    errors: Any = facts["relative_errors"]
+    for name, kept in facts["kept"].items():
+        size: Any = facts["widths"][name]
+        readers: Any = facts["readers"][name]
+        cells = [place in kept for place in range(size[0])]  # type: ignore[operator]
+        yield name, cells, max(float(errors[reader]) for reader in readers if reader in errors)
 
 
 def main() -> None:

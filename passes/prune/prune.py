@@ -100,6 +100,7 @@ class Prune(LossyPass):
             size, width = widths[each.space.name]
             rewriter.touch(each.where, f"{each.space.name}: {width} of {size} coordinates stay")
         rewriter.note(widths=widths, kept={space.name: each.tolist() for space, each in kept.items()})
+        rewriter.note(readers={each.space.name: [reader.site.name for reader in each.readers] for each in chosen})
         if sites:
             batches = context.needed_calibration(self.name)
             aims = in_order(program, sites, alone=True)

@@ -107,6 +107,16 @@ def test_every_criterion_prunes_and_fitting_helps(criterion: Any) -> None:
     assert errors[True] < 0.5 * errors[False]
 
 
+@pytest.mark.parametrize("criterion", ["reconstruction", *CRITERIA])
+def test_every_criterion_ranks_streams_queries_and_keys(criterion: Any) -> None:
+    torch.manual_seed(0)
+    batches: Given = [(torch.randint(11, (2, 12)),) for _ in range(8)]
+    each = Prune(criterion=criterion, resolve=False, turn=False)
+    program, after, _ = pruned(Decoder(), batches, each, Budget(params_ratio=0.5))
+    assert 0.4 * parameters(program) < parameters(after) <= 0.5 * parameters(program)
+    assert torch.isfinite(after(*batches[0])).all()
+
+
 def test_elimination_beats_magnitude() -> None:
     ratios = []
     for seed in range(4):
@@ -187,28 +197,42 @@ def test_result_does_not_depend_on_spilling() -> None:
         assert torch.equal(weight, two.weights[name])
 
 
-def test_the_exported_file_has_what_the_report_says(tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", ["convolutions", "decoder"])
+def test_the_exported_file_has_what_the_report_says(kind: str, tmp_path: Any) -> None:
     import onnx
 
+    torch.manual_seed(0)
+    batches = images() if kind == "convolutions" else [(torch.randint(11, (2, 12)),) for _ in range(8)]
     result = graphopt.optimize(
-        network(), images()[0], recipe=[Prune()], calibration=images(), budget=Budget(macs_ratio=0.5)
-    )
-    result.export(tmp_path / "model.onnx")
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    shapes = {each.name: tuple(each.dims) for each in graph.initializer}
-    counted = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.endswith(("weight", "bias")))
-    assert counted == result.report.parameters.after
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx")).graph
-    known = [*inferred.value_info, *graph.output]
+        network() if kind == "convolutions" else Decoder(), batches[0], recipe=[Prune()], calibration=batches,
+        budget=Budget(macs_ratio=0.5),
+    )  # fmt: skip
+    report = result.export(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    names = set(result.program.weights)
+    weights = [each for each in model.graph.initializer if each.name in names]
+    assert sum(torch.Size(each.dims).numel() for each in weights) == result.report.parameters.after
+    assert report.size_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert counted_macs(model) == result.report.macs.after <= 0.5 * result.report.macs.before
+
+
+def counted_macs(model: Any) -> int:
+    """Multiply-accumulates of a file, from the shapes that its own tools infer."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    known = [*inferred.input, *inferred.value_info, *inferred.output]
     sizes = {each.name: [dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in known}
+    sizes |= {each.name: list(each.dims) for each in model.graph.initializer}
     total = 0
-    for node in graph.node:
+    for node in model.graph.node:
+        made = torch.Size(sizes[node.output[0]]).numel() if node.op_type in ("Conv", "MatMul", "Gemm") else 0
         if node.op_type == "Conv":
-            total += torch.Size(sizes[node.output[0]]).numel() * torch.Size(shapes[node.input[1]][1:]).numel()
-        elif node.op_type in ("MatMul", "Gemm"):
-            made = sizes[node.output[0]]
-            total += torch.Size(made).numel() * (torch.Size(shapes[node.input[1]]).numel() // made[-1])
-    assert total == result.report.macs.after <= 0.5 * result.report.macs.before
+            total += made * torch.Size(sizes[node.input[1]][1:]).numel()
+        elif made:
+            turned = any(each.name == "transA" and each.i for each in node.attribute)
+            total += made * sizes[node.input[0]][-2 if turned else -1]
+    return total
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
