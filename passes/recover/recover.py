@@ -4,7 +4,7 @@
                                                                    +  task x loss(student, batch)
     blocks          the second term alone, and no gradient passes a join: each block learns for itself
     closed_form     every linear and convolution in turn is solved for what the teacher has there, or at the join that
-                    it is added to (`graphopt.passes.prune.refit`); one reading of the data, nothing is trained
+                    it is added to (`graphopt.passes.prune.refit`); nothing is trained, and the outputs judge
 
 The teacher is the captured program. Features are the values of residual streams at the joins that both still have, each
 relative to the teacher's ("LAPTOP-Diff: Layer Pruning and Normalized Distillation for Compressing Diffusion Models";
@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.analysis.blocks import find_blocks
 from graphopt.calibration.batches import running
-from graphopt.calibration.judge import divergence
+from graphopt.calibration.judge import Judge, divergence
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Rewriter, operator, provenance, trainable
 from graphopt.passes.prune.elimination import Fit, Normal
@@ -93,10 +93,7 @@ class Recover(LossyPass):
         if not after < before:
             rewriter.decline("program", f"training gained nothing over {before:.3g} on the batches kept aside")
             return rewriter.finish()
-        nodes = {str(node.target): node for node in program.graph.nodes if node.op == "get_attr"}
-        for name, value in training.best.items():
-            if name in nodes and not torch.equal(value, program.weight(name)):
-                rewriter.replace(nodes[name], rewriter.weight(value, name, value.dtype, nodes[name]))
+        _put(rewriter, training.best)
         rewriter.touch("program", f"trained for {training.done} steps, loss {before:.3g} -> {after:.3g}")
         return rewriter.finish()
 
@@ -131,14 +128,31 @@ class Recover(LossyPass):
             rewriter.decline("program", "it has no linear and no convolution whose output the original has as well")
             return rewriter.finish()
         values, errors = refit(teacher, program, aims, batches, context.progress, self.name)
-        for node, value in values.items():
-            rewriter.replace(node, rewriter.weight(value, str(node.target), value.dtype, node))
-        rewriter.note(relative_errors=errors)
-        rewriter.touch("program", f"{len(aims)} linears and convolutions were solved for what the original gives")
+        twin = program.clone()
+        solved = Rewriter(twin, self.name)
+        _put(solved, {str(node.target): value for node, value in values.items()})
+        solved.finish()
+        judge = Judge(teacher, batches, self.samples)
+        before, after = judge(program), judge(twin)
+        rewriter.note(relative_errors=errors, loss=[before, after])
+        if not after < before:
+            rewriter.decline("program", f"solving gained nothing: the outputs diverge by {before:.3g}, then {after:.3g}")
+            return rewriter.finish()
+        _put(rewriter, {str(node.target): value for node, value in values.items()})
+        what = f"{len(aims)} linears and convolutions were solved for what the original gives"
+        rewriter.touch("program", f"{what}, divergence {before:.3g} -> {after:.3g}")
         return rewriter.finish()
 
     def _kept(self, program: Program, name: str) -> bool:
         return bool(self.refusal_of([name, *[alias for alias, target in program.aliases.items() if target == name]]))
+
+
+def _put(rewriter: Rewriter, values: Mapping[str, Tensor]) -> None:
+    """Give weights new values where these are others."""
+    nodes = {str(node.target): node for node in rewriter.graph.nodes if node.op == "get_attr"}
+    for name, value in values.items():
+        if name in nodes and not torch.equal(value, rewriter.program.weight(name)):
+            rewriter.replace(nodes[name], rewriter.weight(value, name, value.dtype, nodes[name]))
 
 
 @dataclass(frozen=True)
