@@ -136,7 +136,7 @@ class Recover(LossyPass):
         before, after = judge(program), judge(twin)
         rewriter.note(relative_errors=errors, loss=[before, after])
         if not after < before:
-            rewriter.decline("program", f"solving gained nothing: the outputs diverge by {before:.3g}, then {after:.3g}")
+            rewriter.decline("program", f"solving gained nothing: outputs diverge by {before:.3g}, then {after:.3g}")
             return rewriter.finish()
         _put(rewriter, {str(node.target): value for node, value in values.items()})
         what = f"{len(aims)} linears and convolutions were solved for what the original gives"
