@@ -33,7 +33,7 @@ from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.latency import LatencyTable, latency_of
 from graphopt.passes.prune.ranking import by_criterion, by_reconstruction
 from graphopt.passes.prune.refit import fittable, in_order, joined, output_dim, refit
-from graphopt.passes.prune.rotation import turn
+from graphopt.passes.prune.rotation import spread, turn
 from graphopt.pipeline import Context, LossyPass, site_names
 
 _ORDER = "prune(ratio=...)"
@@ -86,7 +86,9 @@ class Prune(LossyPass):
             return rewriter.finish()
         if not self._goes(program, candidates, context):
             return rewriter.finish()
-        if self.turn and context.calibration is not None and turn(rewriter, analysis, candidates, context):
+        turned = set()
+        if self.turn and context.calibration is not None:
+            turned = turn(rewriter, analysis, candidates, context)
             analysis = analyze(program)
             candidates = self._candidates(program, analysis, lambda *_: None)
         kept = self._kept(program, analysis, candidates, context)
@@ -108,6 +110,8 @@ class Prune(LossyPass):
             for node, value in values.items():
                 rewriter.replace(node, rewriter.weight(value, str(node.target), value.dtype, node))
             rewriter.note(relative_errors=errors)
+        if turned:
+            spread(rewriter, turned, context.seed)
         return rewriter.finish()
 
     def _candidates(

@@ -11,20 +11,26 @@
 Values and outputs, queries and keys of an attention are of the first kind (where no rotary embedding stands between),
 residual streams of the second once the affine of their norms is folded. What a nonlinearity reads stays as it is.
 
-Exact; what follows is not.
+Principal coordinates hold very different amounts, which no quantizer likes: in the end what is left is rotated once
+more, so that every coordinate holds as much as every other.
+
+Both are exact; what stands between is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.spaces import Analysis, Read, Space, Symmetry
+from graphopt.analysis.spaces import Analysis, Read, Space, Symmetry, analyze
 from graphopt.calibration import observe
 from graphopt.ir import Program, Rewriter
+from graphopt.ir.hadamard import orthogonal
 from graphopt.passes.prune.candidates import Candidate
 from graphopt.passes.transform.reparameterize import Reparameterization
 from graphopt.pipeline import Context
@@ -32,8 +38,11 @@ from graphopt.pipeline import Context
 _LEAST = 1e-5  # of a coordinate's share, relative to the largest: below it a matrix is not inverted
 
 
-def turn(rewriter: Rewriter, analysis: Analysis, candidates: Sequence[Candidate], context: Context) -> bool:
-    """Turn the spaces of candidates that are free to; return whether any is. Analyses made before no longer hold."""
+Place = frozenset[tuple[str, tuple[int, ...]]]  # where a space is read, which no rewriting of weights changes
+
+
+def turn(rewriter: Rewriter, analysis: Analysis, candidates: Sequence[Candidate], context: Context) -> set[Place]:
+    """Turn the spaces of candidates that are free to; return where these are. Analyses made before no longer hold."""
     program = rewriter.program
     free: dict[tuple[str, tuple[int, ...]], Space] = {}
     for symmetry in (Symmetry.ORTHOGONAL, Symmetry.GENERAL):  # the wider one last
@@ -50,7 +59,23 @@ def turn(rewriter: Rewriter, analysis: Analysis, candidates: Sequence[Candidate]
             change = torch.linalg.eigh(written).eigenvectors.mT.flip(-2)
         edits.apply(space, change)
         rewriter.touch(space.members[0].weight, f"{space.name}: turned to its principal coordinates")
-    return edits.commit() > 0
+    edits.commit()
+    return {_place(space) for space in spaces}
+
+
+def spread(rewriter: Rewriter, places: Collection[Place], seed: int) -> None:
+    """Rotate the spaces that were turned so that their coordinates hold alike much."""
+    edits = Reparameterization(rewriter)
+    for space in analyze(rewriter.program).under(Symmetry.ORTHOGONAL):
+        if space.free and _place(space) in places:
+            start, count = zlib.crc32(space.name.encode()) + seed, math.prod(space.fibres)
+            each = [orthogonal(space.size, start + index, "hadamard", 0).mT for index in range(count)]
+            edits.apply(space, torch.stack(each).reshape(space.shape))
+    edits.commit()
+
+
+def _place(space: Space) -> Place:
+    return frozenset((read.node.name, read.dims) for read in space.reads)
 
 
 def _two_sides(program: Program, space: Space, seen: Mapping[tuple[str, Read], Tensor]) -> tuple[Tensor, Tensor]:

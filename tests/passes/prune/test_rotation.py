@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import targets
 import torch
@@ -159,3 +161,29 @@ def test_a_stream_loses_the_directions_it_does_not_use() -> None:
         assert sorted(widths.values()) == [[12, 6], [20, 10], [20, 10]]
         errors[turns] = error(program, after, batches)
     assert errors[True] < 1e-4 and errors[True] < 0.01 * errors[False]
+
+
+@torch.no_grad()
+def test_what_is_left_is_spread_over_its_coordinates() -> None:
+    """Of a stream with two strong directions none of the coordinates that stay holds much more than the others."""
+    torch.manual_seed(0)
+    model = Stream(rank=12)
+    with torch.no_grad():
+        model.embed.weight *= torch.linspace(0.05, 3, 12)[:, None]
+    random = torch.Generator().manual_seed(0)
+    batches: Given = [(torch.randn(16, 5, generator=random),) for _ in range(8)]
+    _, after, widths = pruned(model, batches, Prune(ratio=0.34, multiple=1))
+    assert [12, 8] in widths.values()
+    (table,) = [node for node in after.graph.nodes if node.op == "call_function"][:1]
+    energies = torch.zeros(8)
+
+    class Seen(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n is table:
+                energies.add_(value.square().sum(0))
+            return value
+
+    for batch in batches:
+        Seen(after.graph_module).run(*batch)
+    assert float(energies.max() / energies.mean()) < 3
