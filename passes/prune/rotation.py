@@ -29,6 +29,7 @@ from torch import Tensor, fx
 
 from graphopt.analysis.spaces import Analysis, Read, Space, Symmetry, analyze
 from graphopt.calibration import observe
+from graphopt.errors import GraphoptError
 from graphopt.ir import Program, Rewriter
 from graphopt.ir.hadamard import orthogonal
 from graphopt.passes.prune.candidates import Candidate
@@ -36,7 +37,6 @@ from graphopt.passes.transform.reparameterize import Reparameterization
 from graphopt.pipeline import Context
 
 _LEAST = 1e-5  # of a coordinate's share, relative to the largest: below it a matrix is not inverted
-
 
 Place = frozenset[tuple[str, tuple[int, ...]]]  # where a space is read, which no rewriting of weights changes
 
@@ -103,10 +103,10 @@ def _balanced(written: Tensor, read: Tensor) -> Tensor:
     """Return T [..., n, n] with T A T^T = T^-T B T^-1 = diag(s), s descending, up to damping."""
     eye = torch.eye(written.shape[-1], dtype=written.dtype)
     mean = written.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    root = torch.linalg.cholesky(written + _LEAST * mean * eye)
+    root = torch.linalg.cholesky(written + torch.where(mean > 0, _LEAST * mean, 1.0) * eye)
     squares, vectors = torch.linalg.eigh(root.mT @ read @ root)
     values = squares.clamp(min=0).sqrt().flip(-1)
-    values = values.clamp(min=1e-300).maximum(_LEAST * values[..., :1])
+    values = torch.where(values[..., :1] > 0, values.maximum(_LEAST * values[..., :1]), 1.0)
     change: Tensor = values.sqrt()[..., None] * torch.linalg.solve_triangular(root.mT, vectors.flip(-1), upper=True).mT
     return change
 
@@ -135,6 +135,8 @@ class _Moment:
         last = list(self.read.dims)
         order = [dim for dim in range(values.dim()) if dim not in last] + last
         rows = self.space.gather_read(self.read, values.permute(order)).double()
+        if not bool(rows.isfinite().all()):
+            raise GraphoptError(f"calibration met NaN or infinity at {name}; check the calibration data")
         self.total += torch.einsum("r...i,r...j->...ij", rows, rows)
 
 

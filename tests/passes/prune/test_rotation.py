@@ -14,6 +14,7 @@ from torch.nn import functional
 from graphopt import capture
 from graphopt.analysis.spaces import analyze
 from graphopt.calibration import Batches
+from graphopt.errors import GraphoptError
 from graphopt.ir import Program, Rewriter
 from graphopt.ir.verify import verify
 from graphopt.passes import Canonicalize, CenterNorms, FoldNormAffine, Prune
@@ -161,6 +162,26 @@ def test_a_stream_loses_the_directions_it_does_not_use() -> None:
         assert sorted(widths.values()) == [[12, 6], [20, 10], [20, 10]]
         errors[turns] = error(program, after, batches)
     assert errors[True] < 1e-4 and errors[True] < 0.01 * errors[False]
+
+
+@pytest.mark.parametrize("zero", ["q", "k", "v", "o"])
+def test_weights_of_zeros_are_turned_to_finite_ones(zero: str) -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    with torch.no_grad():
+        getattr(model, zero).weight.zero_()
+        getattr(model, zero).bias.zero_()
+    program, after, _ = pruned(model, sequences(), Prune(ratio=0.5, only=("q", "k", "v"), multiple=1))
+    assert all(weight.isfinite().all() for weight in after.weights.values())
+    assert error(program, after, sequences()) < 0.1
+
+
+def test_nan_in_the_data_is_a_sentence() -> None:
+    torch.manual_seed(0)
+    batches = sequences()
+    batches[3][0][0, 0, 0] = torch.inf
+    with pytest.raises(GraphoptError, match="NaN or infinity"):
+        pruned(Attention(), batches, Prune(ratio=0.5))
 
 
 @torch.no_grad()
