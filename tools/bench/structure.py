@@ -63,7 +63,7 @@ def _drop(options: str) -> Callable[[float], list[str]]:
 _IMAGES: dict[str, Any] = {"tasks": DIGITS, "shares": (0.5, 0.35)}
 _SMALLER: dict[str, Any] = {"tasks": ("language",), "shares": (0.75, 0.625), "budget": "params_ratio"}
 _LAYERS: dict[str, Any] = {"tasks": ("language_deep",), "shares": (1, 2, 3), "budget": ""}
-_WITH_INT8: dict[str, Any] = {"tasks": ("digits_cnn",), "shares": (0.7,)}
+_WITH_INT8: dict[str, Any] = {"tasks": ("digits_cnn",), "shares": (_OF_EACH := 0.3,), "budget": ""}
 _INT8 = ["retype_floats", "quantize_static"]
 _BARE, _WHOLE = "resolve=False", "streams=False, turn=False"
 ROWS = (
@@ -77,9 +77,9 @@ ROWS = (
     Row("prune, streams whole, nothing turned", _prune(_WHOLE), **_IMAGES),
     Row("prune", _prune(), **_IMAGES),
     Row("prune + recover", lambda share: ["prune", "recover"], **_IMAGES),
-    Row("prune", _prune(), **_WITH_INT8),
-    Row("int8", lambda share: _INT8, **{**_WITH_INT8, "budget": ""}),
-    Row("prune, int8", lambda share: ["prune", *_INT8], **_WITH_INT8),
+    Row("prune 30 %", _prune("ratio=0.3"), **_WITH_INT8),
+    Row("int8", lambda share: _INT8, **_WITH_INT8),
+    Row("prune 30 %, int8", lambda share: ["prune(ratio=0.3)", *_INT8], **_WITH_INT8),
     Row("prune, streams whole, nothing turned", _prune(_WHOLE), **_SMALLER),
     Row("variance", _prune("criterion='variance'"), **_SMALLER),
     Row("prune", _prune(), **_SMALLER),
@@ -272,9 +272,9 @@ def tables() -> str:
         for share in shares:
             found = {name: each for (known, at, name), each in newest.items() if (known, at) == (task, share)}
             layers = task in LANGUAGE and share >= 1
-            what = f"{share:.0f} of the layers removed" if layers else (
-                f"{share:.1%} of the {'parameters' if task in LANGUAGE else 'multiply-accumulates'}"
-            )  # fmt: skip
+            counted = "parameters" if task in LANGUAGE else "multiply-accumulates"
+            what = f"{share:.0f} of the layers removed" if layers else f"{share:.1%} of the {counted}"
+            what = "30 % of every width removed" if share == _OF_EACH else what
             text += ["", f"## {task}, {what}", "", *_table(task, found)]
     return "\n".join(text) + "\n"
 
