@@ -263,8 +263,8 @@ def tables() -> str:
         "# What structure can go, at what price", "",
         "Written by `tools/bench/structure.py --docs`. Nothing is trained where no recovery or epoch is named. Latency",
         f"is the file's over the original's in ONNX Runtime, one thread, on {last['cpu']}.", "",
-        "What `prune` took from the demo network: a strip for each space, grey what is gone, beside it the largest error",
-        "that a fitted reader leaves, relative to what its target varies (`tools/draw_structure.py`).", "",
+        "What `prune` took from the demo network: a strip for each space, grey what is gone, beside it the largest",
+        "error that a fitted reader leaves, relative to what its target varies (`tools/draw_structure.py`).", "",
         "![Coordinates that each space of the demo network lost](pictures/structure.svg)",
     ]  # fmt: skip
     for task in TASKS:
