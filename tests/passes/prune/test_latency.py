@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,12 @@ class Block(nn.Module):
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), Block(), Block(), Block(), nn.Linear(8, 4))
+
+
+@functools.cache
+def captured() -> Program:
+    """The network; nothing that is run on it changes it."""
+    return capture(network().eval(), rows()[0])
 
 
 def rows() -> list[tuple[Tensor, ...]]:
@@ -82,7 +89,7 @@ def by_steps(node: fx.Node) -> float:
 
 
 def test_between_its_points_the_table_is_a_line() -> None:
-    program = capture(network().eval(), rows()[0])
+    program = captured()
     analysis = analyze(program)
     candidates = find_candidates(program, analysis, lambda *_: None)
     widths = {each.space: admissible(each, 1, 0.1) for each in candidates}
@@ -99,20 +106,20 @@ def test_between_its_points_the_table_is_a_line() -> None:
 @pytest.mark.parametrize("time", [by_macs, by_steps])
 @pytest.mark.parametrize("ratio", [0.8, 0.5])
 def test_a_latency_holds_where_it_is_measured(time: Time, ratio: float) -> None:
-    program = capture(network().eval(), rows()[0])
+    program = captured()
     after, trace = run_passes(program, [Prune()], context(program, ratio, measuring(time)))
     assert 0.75 * ratio <= latency(after, time) / latency(program, time) <= ratio
     assert trace["prune"].facts["widths"]
 
 
 def test_what_holds_already_needs_no_table() -> None:
-    program, asked = capture(network().eval(), rows()[0]), []  # type: ignore[var-annotated]
+    program, asked = captured(), []  # type: ignore[var-annotated]
     _, trace = run_passes(program, [Prune()], context(program, 1.0, measuring(by_macs, asked)))
     assert not trace["prune"].changed and asked == ["original", "made"]
 
 
 def test_blocks_go_until_a_latency_holds() -> None:
-    program = capture(network().eval(), rows()[0])
+    program = captured()
     each = DropBlocks(unit="branches", resolve=False, samples=2)
     after, trace = run_passes(program, [each], context(program, 0.5, measuring(by_macs)))
     assert latency(after, by_macs) / latency(program, by_macs) <= 0.5
@@ -120,7 +127,7 @@ def test_blocks_go_until_a_latency_holds() -> None:
 
 
 def refused(ratio: float, measure: Any) -> str:
-    program = capture(network().eval(), rows()[0])
+    program = captured()
     with pytest.raises(GraphoptError) as caught:
         run_passes(program, [Prune()], context(program, ratio, measure))
     return str(caught.value)
@@ -149,6 +156,7 @@ def test_where_nothing_can_be_timed() -> None:
     assert "nothing can be timed here" in refused(0.5, None)
 
 
+@pytest.mark.slow
 def test_in_the_runtime() -> None:
     """What the export measures is what was asked for, but for noise."""
     torch.manual_seed(0)

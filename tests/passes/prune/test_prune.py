@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -62,6 +63,23 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
 
 
+@functools.cache
+def captured(seed: int = 0) -> Program:
+    """The network; nothing that is run on it changes it."""
+    return capture(network(seed).eval(), images()[0])
+
+
+@functools.cache
+def decoder() -> Program:
+    torch.manual_seed(0)
+    return capture(Decoder().eval(), tokens()[0])
+
+
+def tokens() -> Given:
+    random = torch.Generator().manual_seed(0)
+    return [(torch.randint(11, (2, 12), generator=random),) for _ in range(8)]
+
+
 def images(count: int = 8, seed: int = 0) -> Given:
     random = torch.Generator().manual_seed(seed)
     return [(torch.randn(4, 3, 8, 8, generator=random),) for _ in range(count)]
@@ -92,7 +110,7 @@ def test_copies_go_at_no_cost() -> None:
 
 def test_nothing_is_the_identity() -> None:
     for each, budget in ((Prune(ratio=0), None), (Prune(), Budget(macs_ratio=1))):
-        _, _, trace = pruned(network(), images(), each, budget)
+        _, _, trace = pruned(captured(), images(), each, budget)
         assert not trace["prune"].changed and trace["prune"].diff() == ""
 
 
@@ -101,7 +119,7 @@ def test_every_criterion_prunes_and_fitting_helps(criterion: Any) -> None:
     errors = {}
     for resolve in (True, False):
         each = Prune(ratio=0.5, criterion=criterion, streams=False, resolve=resolve)
-        program, after, _ = pruned(network(), images(), each)
+        program, after, _ = pruned(captured(), images(), each)
         assert macs(after) < 0.75 * macs(program)
         errors[resolve] = noise(program, after, images(seed=1))
     assert errors[True] < 0.5 * errors[False]
@@ -109,12 +127,10 @@ def test_every_criterion_prunes_and_fitting_helps(criterion: Any) -> None:
 
 @pytest.mark.parametrize("criterion", ["reconstruction", *CRITERIA])
 def test_every_criterion_ranks_streams_queries_and_keys(criterion: Any) -> None:
-    torch.manual_seed(0)
-    batches: Given = [(torch.randint(11, (2, 12)),) for _ in range(8)]
     each = Prune(criterion=criterion, resolve=False, turn=False)
-    program, after, _ = pruned(Decoder(), batches, each, Budget(params_ratio=0.5))
+    program, after, _ = pruned(decoder(), tokens(), each, Budget(params_ratio=0.5))
     assert 0.4 * parameters(program) < parameters(after) <= 0.5 * parameters(program)
-    assert torch.isfinite(after(*batches[0])).all()
+    assert torch.isfinite(after(*tokens()[0])).all()
 
 
 def test_elimination_beats_magnitude() -> None:
@@ -122,7 +138,7 @@ def test_elimination_beats_magnitude() -> None:
     for seed in range(4):
         found = []
         for criterion in ("reconstruction", "magnitude"):
-            program, after, _ = pruned(network(seed), images(), Prune(ratio=0.5, criterion=criterion))  # type: ignore[arg-type]
+            program, after, _ = pruned(captured(seed), images(), Prune(ratio=0.5, criterion=criterion, streams=False))  # type: ignore[arg-type]
             found.append(noise(program, after, images(seed=1)))
         ratios.append(found[0] / found[1])
     assert sum(ratios) / len(ratios) < 0.9
@@ -131,17 +147,17 @@ def test_elimination_beats_magnitude() -> None:
 @pytest.mark.parametrize(("field", "count"), [("macs_ratio", macs), ("params_ratio", parameters)])
 @pytest.mark.parametrize("ratio", [0.8, 0.5])
 def test_a_budget_holds_and_is_not_overdone(field: str, count: Any, ratio: float) -> None:
-    program, after, _ = pruned(network(), images(), Prune(), Budget(**{field: ratio}))
+    program, after, _ = pruned(captured(), images(), Prune(), Budget(**{field: ratio}))
     assert ratio * 0.85 <= count(after) / count(program) <= ratio
 
 
 def test_two_budgets_hold_together() -> None:
-    program, after, _ = pruned(network(), images(), Prune(), Budget(macs_ratio=0.7, params_ratio=0.5))
+    program, after, _ = pruned(captured(), images(), Prune(), Budget(macs_ratio=0.7, params_ratio=0.5))
     assert macs(after) <= 0.7 * macs(program) and parameters(after) <= 0.5 * parameters(program)
 
 
 def test_composes_with_itself() -> None:
-    program, once, _ = pruned(network(), images(), Prune(ratio=0.25))
+    program, once, _ = pruned(captured(), images(), Prune(ratio=0.25))
     context = Context(TARGET, calibration=Batches(images(), once), strict=True)
     twice, _ = run_passes(once, [Prune(ratio=0.5)], context)
     verify(twice)
@@ -149,7 +165,7 @@ def test_composes_with_itself() -> None:
 
 
 def test_budgets_refer_to_what_was_captured() -> None:
-    program = capture(network().eval(), images()[0])
+    program = captured()
     context = Context(TARGET, calibration=Batches(images(), program), budget=Budget(macs_ratio=0.6), strict=True)
     after, trace = run_passes(program, [Prune(ratio=0.5), Prune()], context)
     assert not trace["prune#2"].changed and macs(after) < 0.6 * macs(program)
@@ -158,15 +174,13 @@ def test_budgets_refer_to_what_was_captured() -> None:
 @pytest.mark.parametrize("multiple", [2, 4])
 def test_widths_are_what_kernels_like(multiple: int) -> None:
     for each, options in ((Prune(multiple=multiple), {}), (Prune(), {"width_multiple": multiple})):
-        _, _, trace = pruned(network(), images(), each, Budget(macs_ratio=0.7), **options)
+        _, _, trace = pruned(captured(), images(), each, Budget(macs_ratio=0.7), **options)
         widths = [new for _, new in trace["prune"].facts["widths"].values()]
         assert widths and all(width % multiple == 0 for width in widths)
 
 
 def test_a_decoder_loses_heads_values_and_neurons() -> None:
-    torch.manual_seed(0)
-    batches: Given = [(torch.randint(11, (2, 12)),) for _ in range(8)]
-    _, _, trace = pruned(Decoder(), batches, Prune(ratio=0.5))
+    _, _, trace = pruned(decoder(), tokens(), Prune(ratio=0.5))
     widths = trace["prune"].facts["widths"]
     halves = {"q.out[0]": [2, 1], "q.out[1]": [2, 1], "v.out[1]": [4, 2], "gate.out": [20, 10], "q.out[2]": [2, 1]}
     assert {name: widths[name] for name in halves} == halves
@@ -175,8 +189,8 @@ def test_a_decoder_loses_heads_values_and_neurons() -> None:
 
 def test_the_stream_is_taken_back_where_a_reader_adds_to_it() -> None:
     """The last block's reader makes up for what the first one lost: its error is below that of fitting it alone."""
-    program, after, trace = pruned(network(), images(), Prune(ratio=0.5, streams=False))
-    alone = pruned(network(), images(), Prune(ratio=0.5, only=("2", "2.*")))[2]
+    program, after, trace = pruned(captured(), images(), Prune(ratio=0.5, streams=False))
+    alone = pruned(captured(), images(), Prune(ratio=0.5, only=("2", "2.*")))[2]
     both, one = trace["prune"].facts["relative_errors"], alone["prune"].facts["relative_errors"]
     (name,) = one
     assert both[name] < 3 * one[name]
@@ -184,15 +198,15 @@ def test_the_stream_is_taken_back_where_a_reader_adds_to_it() -> None:
 
 
 def test_only_and_skip_bound_where() -> None:
-    _, _, trace = pruned(network(), images(), Prune(ratio=0.5, streams=False, skip=("1.up",)))
+    _, _, trace = pruned(captured(), images(), Prune(ratio=0.5, streams=False, skip=("1.up",)))
     assert list(trace["prune"].facts["widths"]) == ["2.up.out"]
     assert any("kept by skip" in site.reason for site in trace["prune"].skipped)
-    _, _, trace = pruned(network(), images(), Prune(ratio=0.5, only=("1.down.weight",)))
+    _, _, trace = pruned(captured(), images(), Prune(ratio=0.5, only=("1.down.weight",)))
     assert list(trace["prune"].facts["widths"]) == ["1.up.out"]
 
 
 def test_result_does_not_depend_on_spilling() -> None:
-    one, two = (pruned(network(), images(), Prune(ratio=0.5, spill=spill))[1] for spill in (False, True))
+    one, two = (pruned(captured(), images(), Prune(ratio=0.5, spill=spill))[1] for spill in (False, True))
     for name, weight in one.weights.items():
         assert torch.equal(weight, two.weights[name])
 
@@ -202,7 +216,7 @@ def test_the_exported_file_has_what_the_report_says(kind: str, tmp_path: Any) ->
     import onnx
 
     torch.manual_seed(0)
-    batches = images() if kind == "convolutions" else [(torch.randint(11, (2, 12)),) for _ in range(8)]
+    batches = images() if kind == "convolutions" else tokens()
     result = graphopt.optimize(
         network() if kind == "convolutions" else Decoder(), batches[0], recipe=[Prune()], calibration=batches,
         budget=Budget(macs_ratio=0.5),
@@ -238,19 +252,19 @@ def counted_macs(model: Any) -> int:
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
-def refused(module: nn.Module, batches: Given, each: Prune, budget: Budget | None = None) -> str:
+def refused(module: nn.Module | Program, batches: Given, each: Prune, budget: Budget | None = None) -> str:
     with pytest.raises(GraphoptError) as caught:
         pruned(module, batches, each, budget)
     return str(caught.value)
 
 
 def test_a_budget_that_cannot_be_met_says_how_far_it_gets() -> None:
-    said = refused(network(), images(), Prune(streams=False), Budget(macs_ratio=0.01))
+    said = refused(captured(), images(), Prune(streams=False), Budget(macs_ratio=0.01))
     assert "cannot meet budget.macs_ratio ≤ 0.01 (it gets down to 0." in said and "residual stream" in said
 
 
 def test_no_budget_is_no_order() -> None:
-    assert "needs to know how much goes" in refused(network(), images(), Prune())
+    assert "needs to know how much goes" in refused(captured(), images(), Prune())
 
 
 def test_everything_cannot_go() -> None:
@@ -275,13 +289,13 @@ def test_few_rows_are_damped() -> None:
 
 
 def test_no_data() -> None:
-    program = capture(network().eval(), images()[0])
+    program = captured()
     with pytest.raises(GraphoptError, match="prune needs calibration data"):
         run_passes(program, [Prune(ratio=0.5)], Context(TARGET, strict=True))
 
 
 def test_criteria_that_look_at_weights_alone_need_no_data() -> None:
-    program = capture(network().eval(), images()[0])
+    program = captured()
     for criterion in ("magnitude", "lamp", "distortion"):
         each = Prune(ratio=0.5, criterion=criterion, resolve=False)  # type: ignore[arg-type]
         after, _ = run_passes(program, [each], Context(TARGET, strict=True))
@@ -291,7 +305,7 @@ def test_criteria_that_look_at_weights_alone_need_no_data() -> None:
 def test_nan_in_the_data_names_the_place() -> None:
     batches = images()
     batches[3][0][0, 0, 0, 0] = torch.nan
-    assert "NaN" in refused(network(), batches, Prune(ratio=0.5))
+    assert "NaN" in refused(captured(), batches, Prune(ratio=0.5))
 
 
 def test_what_the_model_returns_and_reads_stays() -> None:
@@ -350,7 +364,7 @@ def test_of_two_factors_that_differ_along_each_other_one_goes() -> None:
 
 
 def test_deterministic() -> None:
-    one, two = (pruned(network(), images(), Prune(), Budget(macs_ratio=0.5))[1] for _ in range(2))
+    one, two = (pruned(captured(), images(), Prune(), Budget(macs_ratio=0.5))[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.weights.values(), two.weights.values(), strict=True))
 
 
@@ -360,7 +374,7 @@ def test_every_step_down_is_counted_as_the_program_will_be() -> None:
     from graphopt.passes.prune.candidates import Costs, find_candidates
 
     for budget in (0.9, 0.6, 0.4):
-        program, after, trace = pruned(network(), images(), Prune(), Budget(macs_ratio=budget))
+        program, after, trace = pruned(captured(), images(), Prune(), Budget(macs_ratio=budget))
         analysis = analyze(program)
         made = trace["prune"].facts["widths"]
         spaces = [each.space for each in find_candidates(program, analysis, lambda *_: None)]
