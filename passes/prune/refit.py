@@ -81,9 +81,14 @@ def multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
     return rows @ wide[:, :inputs] + wide[:, inputs:].sum(1, keepdim=True)  # there is a constant, or nothing
 
 
+def too_few(count: int, inputs: int) -> bool:
+    """Return whether so many rows of data say so little of so many inputs that damping would be all there is."""
+    return _FEW * count < inputs
+
+
 def check_rows(who: str, site: fx.Node, count: int, inputs: int) -> None:
-    """Raise GraphoptError where a site has several inputs for each row of data: damping would be all there is."""
-    if _FEW * count < inputs:
+    """Raise GraphoptError where a site has several inputs for each row of data."""
+    if too_few(count, inputs):
         raise GraphoptError(
             f"{who} cannot fit the {inputs} inputs of {site.name} ({module_path(site)}) to {count} rows of calibration "
             "data; give more samples, or resolve=False"
@@ -184,6 +189,7 @@ def refit(
     who: str,
     spill: bool = False,
     kept: Mapping[fx.Node, Tensor] | None = None,
+    leave: bool = False,
 ) -> tuple[dict[fx.Node, Tensor], dict[str, float]]:
     """Fit sites of `after` to `before`.
 
@@ -193,9 +199,11 @@ def refit(
             with itself; `before` has a value of that name.
         who: asks, for messages.
         kept: of sites that have lost outputs, the indices of those that are left.
+        leave: sites that have several inputs for each row of data stay as they are and have no error, instead of
+            raising.
 
     Returns new values by the weights that hold them, and by site the squared error that is left, relative to what the
-    target varies. Raises GraphoptError where there are fewer rows than inputs.
+    target varies. Raises GraphoptError where a site has several inputs for each row of data.
     """
     level = levels(after, set(sites))
     beside = {site: added_to(site, join) for site, join in sites.items() if join is not site}
@@ -225,6 +233,8 @@ def refit(
         changed: dict[fx.Node, Change] = {}
         for site in ready:
             normals = equations.pop(site)
+            if leave and too_few(normals[0].count, len(normals[0].gram)):
+                continue
             check_rows(who, site, normals[0].count, len(normals[0].gram))
             kept = torch.full((normals[0].inputs,), -1)
             fits = [Fit(n, own, kept) for n, own in zip(normals, given_matrix(after, site), strict=True)]

@@ -127,7 +127,11 @@ class Recover(LossyPass):
         if not aims:
             rewriter.decline("program", "it has no linear and no convolution whose output the original has as well")
             return rewriter.finish()
-        values, errors = refit(teacher, program, aims, batches, context.progress, self.name)
+        values, errors = refit(teacher, program, aims, batches, context.progress, self.name, leave=True)
+        for site in (site for site in aims if site.name not in errors):
+            rewriter.decline(site, "calibration data gives too few rows for its inputs; it stays as it is")
+        if not errors:
+            return rewriter.finish()
         twin = program.clone()
         solved = Rewriter(twin, self.name)
         _put(solved, {str(node.target): value for node, value in values.items()})
@@ -139,7 +143,7 @@ class Recover(LossyPass):
             rewriter.decline("program", f"solving gained nothing: outputs diverge by {before:.3g}, then {after:.3g}")
             return rewriter.finish()
         _put(rewriter, {str(node.target): value for node, value in values.items()})
-        what = f"{len(aims)} linears and convolutions were solved for what the original gives"
+        what = f"{len(errors)} linears and convolutions were solved for what the original gives"
         rewriter.touch("program", f"{what}, divergence {before:.3g} -> {after:.3g}")
         return rewriter.finish()
 

@@ -153,6 +153,19 @@ def test_closed_form_is_one_reading_of_least_squares() -> None:
     torch.testing.assert_close(after.weights["4.weight"], solved[:-1].mT, rtol=1e-2, atol=2e-3)
 
 
+def test_too_few_rows_leave_a_site_as_it_is() -> None:
+    """The last linear has 65 inputs for 8 rows of data; the rest is solved."""
+    wide = nn.Sequential(network()[:4], nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 5)).eval()  # type: ignore[index]
+    batches = [(x[:4],) for (x,) in rows(2)]
+    program = capture(wide, batches[0])
+    context = Context(targets.EXACT, calibration=Batches(batches, program), strict=True)
+    cut = DropBlocks(count=1)
+    after, trace = run_passes(program, [cut, Recover(method="closed_form")], context)
+    assert "too few rows" in "".join(site.reason for site in trace["recover"].skipped if site.node == "linear_8")
+    assert "linear_8" not in trace["recover"].facts["relative_errors"]
+    torch.testing.assert_close(after.weights["3.weight"], program.weights["3.weight"])
+
+
 def test_solving_that_gains_nothing_changes_nothing() -> None:
     _, _, trace = recovered([Recover(method="closed_form")])
     assert not trace["recover"].changed and "gained nothing" in trace["recover"].skipped[-1].reason
