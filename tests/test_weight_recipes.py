@@ -13,6 +13,7 @@ import graphopt
 
 BITS = {"w8": 8, "w4": 4, "w3": 3, "w2": 2, "w4a8": 4, "w4a4": 4, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
 IN_A_FILE = ("w8", "w4", "w3", "w2")
+ON_THE_DECODER = ("w3", "w4a4", "fp8", "mxfp4")  # the others run on the network; the rest is slow
 
 
 def network() -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
@@ -29,8 +30,14 @@ def decoder() -> tuple[nn.Module, list[tuple[Tensor, ...]]]:
     return Decoder(width=32).eval(), [(torch.randint(11, (2, 6)),) for _ in range(4)]
 
 
-@pytest.mark.parametrize("make", [network, decoder])
-@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        pytest.param(name, make, marks=() if (make is decoder) == (name in ON_THE_DECODER) else pytest.mark.slow)
+        for name in BITS
+        for make in (network, decoder)
+    ],
+)
 def test_from_a_name_to_a_run_directory(name: str, make: object, tmp_path: Path) -> None:
     module, batches = make()  # type: ignore[operator]
     data = None if name == "w8" else batches
@@ -38,7 +45,6 @@ def test_from_a_name_to_a_run_directory(name: str, make: object, tmp_path: Path)
     after = result.report.average_bits.after
     assert after is not None
     assert BITS[name] < after < BITS[name] + 6  # small matrices: biases and scales weigh much
-    result.save(tmp_path)
     assert (tmp_path / "model.pt2").exists()
     assert (tmp_path / "model.onnx").exists() == (name in IN_A_FILE)
     loaded = graphopt.load(tmp_path)

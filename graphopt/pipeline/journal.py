@@ -26,6 +26,9 @@ class Journal:
                 except (ValueError, TypeError, KeyError):
                     continue
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
     def recorded(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return what is recorded under `key`, else what `compute` returns (plain data), recorded durably first."""
         if key not in self._known:

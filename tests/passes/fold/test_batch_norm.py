@@ -343,7 +343,7 @@ def _layer(kind: str, bias: bool) -> nn.Module:
 
 
 # Shrinking a failure would export a model hundreds of times.
-@settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(layers=_LAYERS, bias=st.booleans(), head=st.sampled_from(["none", "flatten", "pool"]))
 def test_random_networks(layers: list[str], bias: bool, head: str) -> None:
     def module() -> nn.Module:

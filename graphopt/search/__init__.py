@@ -1,0 +1,42 @@
+"""Allocation as a search over units with discrete levels: one engine, whatever the levels are."""
+
+from graphopt.search.baselines import greedy, random_search
+from graphopt.search.bisection import Step, bisect, sorted_steps, taken
+from graphopt.search.evaluator import Candidates, Evaluator, LossTask, MetricTask, check_metric
+from graphopt.search.evolution import Evolution
+from graphopt.search.front import Front, Point
+from graphopt.search.integer import integer_program, with_pairs
+from graphopt.search.moves import Moves
+from graphopt.search.pool import Lost, Pool, Work
+from graphopt.search.problem import Assignment, Infeasible, Level, Losses, Problem, Tie, Unit, additive
+
+__all__ = [
+    "Assignment",
+    "Candidates",
+    "Evaluator",
+    "Evolution",
+    "Front",
+    "Infeasible",
+    "Level",
+    "LossTask",
+    "Losses",
+    "Lost",
+    "MetricTask",
+    "Moves",
+    "Point",
+    "Pool",
+    "Problem",
+    "Step",
+    "Tie",
+    "Unit",
+    "Work",
+    "additive",
+    "bisect",
+    "check_metric",
+    "greedy",
+    "integer_program",
+    "random_search",
+    "sorted_steps",
+    "taken",
+    "with_pairs",
+]

@@ -1,0 +1,71 @@
+"""What a search found: candidates with what they cost and lose, who proposed them, and which of them are worth having."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from graphopt.search.problem import Assignment
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate.
+
+    Attributes:
+        assignment: the level of each unit.
+        loss: what it loses, by true evaluation unless `estimated`.
+        costs: what it spends of each resource.
+        origin: who proposed it: `integer program`, `evolution, generation 7`.
+        estimated: whether the loss is a sum of estimates.
+        metric: the user's, where it was asked.
+    """
+
+    assignment: Assignment
+    loss: float
+    costs: dict[str, float]
+    origin: str
+    estimated: bool = False
+    metric: float | None = None
+
+
+@dataclass
+class Front:
+    """All candidates that a search evaluated.
+
+    Attributes:
+        points: in the order they were found; each assignment once.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    _known: dict[Assignment, int] = field(default_factory=dict, repr=False)
+
+    def add(self, point: Point) -> None:
+        """Keep a candidate; of an assignment that is known already the first stays, unless that was an estimate."""
+        at = self._known.get(point.assignment)
+        if at is None:
+            self._known[point.assignment] = len(self.points)
+            self.points.append(point)
+        elif self.points[at].estimated and not point.estimated:
+            self.points[at] = point
+
+    def update(self, points: Iterable[Point]) -> None:
+        for point in points:
+            self.add(point)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def pareto(self, resource: str) -> list[Point]:
+        """Return the candidates that no other one beats in loss without costing more, cheapest first."""
+        kept: list[Point] = []
+        least = math.inf
+        for point in sorted(self.points, key=lambda each: (each.costs.get(resource, 0.0), each.loss)):
+            if not point.estimated and point.loss < least:
+                least = point.loss
+                kept.append(point)
+        return kept

@@ -1,0 +1,152 @@
+"""Many calls of one function in other processes, one thread each: on this machine, or on a Ray cluster.
+
+Results come as they are done. A process that dies, or hangs, costs what it was working on: that is tried again, alone at
+last, so that one bad task is told from the others; what was done stays done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from graphopt.errors import GraphoptError
+
+_BREAKS = 2  # of the pool, before what is left is tried task by task
+
+
+class Work(Protocol):
+    """What is done in every process. It is sent with every task, so it should be small: paths and the user's function.
+
+    Attributes:
+        key: digest of what `load` returns; loaded once in each process.
+    """
+
+    @property
+    def key(self) -> str: ...
+
+    def load(self) -> Callable[[Any], Any]:
+        """Return the function that is called with each task."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The result of a task that no process lived to finish, with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where tasks are done.
+
+    Attributes:
+        workers: processes; 1: in this one, unless `timeout` asks for another that can be stopped.
+        cluster: "": this machine; "ray": the Ray cluster that this process is connected to, or else starts.
+        timeout: seconds that a task may take.
+    """
+
+    workers: int = 1
+    cluster: Literal["", "ray"] = ""
+    timeout: float | None = None
+
+    def run(self, work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield the index of each task with its result, as they are done.
+
+        What the function raises is raised here, after which the other tasks are dropped.
+        """
+        if self.workers == 1 and not self.cluster and self.timeout is None:
+            yield from self._here(work, tasks)
+            return
+        left, breaks, reason = dict(enumerate(tasks)), 0, ""
+        while left and breaks < _BREAKS:
+            try:
+                for index, result in self._parallel(work, left, self.workers):
+                    del left[index]
+                    yield index, result
+            except _broken() as error:
+                breaks, reason = breaks + 1, self._told(error)
+        for index, task in list(left.items()):
+            try:
+                ((_, result),) = self._parallel(work, {index: task}, 1)
+            except _broken() as error:
+                result = Lost(self._told(error) or reason)
+            yield index, result
+
+    def _here(self, work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        call = work.load()
+        for index, task in enumerate(tasks):
+            with one_thread():
+                result = call(task)
+            yield index, result
+
+    def _parallel(self, work: Work, tasks: dict[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
+        import joblib
+
+        calls = [joblib.delayed(_call)(work, index, task) for index, task in tasks.items()]
+        with self._backend(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
+            # With one worker joblib would stay in this process: there are two then, and one task at a time.
+            parallel = joblib.Parallel(
+                max(workers, 2), return_as="generator_unordered", timeout=self.timeout, batch_size=1,
+                pre_dispatch="2 * n_jobs" if workers > 1 else 1,
+            )  # fmt: skip
+            try:
+                yield from parallel(calls)
+            except ModuleNotFoundError as error:
+                raise GraphoptError(
+                    f"a worker lacks the package {error.name}; install there what is installed here"
+                ) from error
+
+    def _backend(self) -> contextlib.AbstractContextManager[Any]:
+        import joblib
+
+        if not self.cluster:
+            return joblib.parallel_config("loky", inner_max_num_threads=1)  # type: ignore[no-any-return]
+        try:
+            from ray.util.joblib import register_ray
+        except ImportError:
+            raise GraphoptError("a Ray cluster needs the package ray; pip install 'graphopt[ray]'") from None
+        register_ray()
+        return joblib.parallel_config("ray")  # type: ignore[no-any-return]
+
+    def _told(self, error: BaseException) -> str:
+        if isinstance(error, Late | TimeoutError | multiprocessing.TimeoutError):
+            return f"it took longer than {self.timeout:g} s"
+        return "its process died; it may need more memory than there is"
+
+
+@functools.cache
+def _broken() -> tuple[type[BaseException], ...]:
+    from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
+
+    return Late, TimeoutError, multiprocessing.TimeoutError, TerminatedWorkerError, BrokenProcessPool
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: sums come out alike whatever the number of processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_loaded: dict[str, Callable[[Any], Any]] = {}  # in a worker: what it was given last
+
+
+def _call(work: Work, index: int, task: Any) -> tuple[int, Any]:
+    torch.set_num_threads(1)
+    if work.key not in _loaded:
+        _loaded.clear()
+        _loaded[work.key] = work.load()
+    return index, _loaded[work.key](task)
