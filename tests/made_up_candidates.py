@@ -21,7 +21,8 @@ def allocation(units: int, bits: float, seed: int = 0) -> Problem:
     rng = np.random.default_rng(seed)
     sizes = rng.choice([1, 2, 4], units)
     made = tuple(
-        Unit(f"u{at}", tuple(Level(f"int{b}", {"size": float(size * b)}) for b in BITS)) for at, size in enumerate(sizes)
+        Unit(f"u{at}", tuple(Level(f"int{b}", {"size": float(size * b)}) for b in BITS))
+        for at, size in enumerate(sizes)
     )
     return Problem(made, {"size": float(bits * sizes.sum())})
 

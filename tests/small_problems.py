@@ -25,8 +25,10 @@ def problems(draw: st.DrawFn) -> tuple[Problem, list[list[float]], Pairs]:
     if len(units) > 1:
         if draw(st.booleans()):
             shape = len(units[0].levels), len(units[1].levels)
-            pairs[0, 1] = np.array([[draw(st.integers(-9, 9)) for _ in range(shape[1])] for _ in range(shape[0])], float)
+            drawn = [draw(st.integers(-9, 9)) for _ in range(shape[0] * shape[1])]
+            pairs[0, 1] = np.array(drawn, float).reshape(shape)
         if draw(st.booleans()):
             ties = (Tie(1, len(units[1].levels) - 1, 0, len(units[0].levels) - 1),)
-    limits = {name: draw(st.integers(0, 20 * len(units))) for name in draw(st.sampled_from([["size"], ["size", "time"]]))}
+    limited = draw(st.sampled_from([["size"], ["size", "time"]]))
+    limits = {name: draw(st.integers(0, 20 * len(units))) for name in limited}
     return Problem(tuple(units), limits, {"size": draw(costs)}, ties), lost, pairs

@@ -14,7 +14,8 @@ from graphopt.search.problem import Assignment, Infeasible, Losses, Problem
 def random_search(evaluator: Evaluator, evaluations: int, seed: int = 0) -> Front:
     """Return so many random assignments that hold the limits, evaluated on all the data."""
     problem, rng = evaluator.problem, np.random.default_rng(seed)
-    moves, found = Moves(problem), {}
+    moves = Moves(problem)
+    found: dict[Assignment, None] = {}
     for _ in range(20 * evaluations):
         drawn = problem.settled([int(rng.integers(len(unit.levels))) for unit in problem.units])
         if (made := moves.repaired(drawn, rng)) is not None:

@@ -178,4 +178,6 @@ def check_metric(value: Any, what: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise GraphoptError(f"evaluate returned {type(value).__name__} on {what}; return one number, higher is better") from None
+        raise GraphoptError(
+            f"evaluate returned {type(value).__name__} on {what}; return one number, higher is better"
+        ) from None

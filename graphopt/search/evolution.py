@@ -94,7 +94,8 @@ class Evolution:
     ) -> list[Point]:
         """Put the candidates, as they do on all the data, in the front; return them, the best first."""
         found = zip(young, evaluator.losses(young, bound=bound), strict=True)
-        points = [Point(each, loss, evaluator.problem.costs(each), origin) for each, loss in found if math.isfinite(loss)]
+        costs = evaluator.problem.costs
+        points = [Point(each, loss, costs(each), origin) for each, loss in found if math.isfinite(loss)]
         front.update(points)
         return sorted(points, key=lambda each: each.loss)[: self.parents]
 

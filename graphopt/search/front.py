@@ -1,4 +1,4 @@
-"""What a search found: candidates with what they cost and lose, who proposed them, and which of them are worth having."""
+"""What a search found: candidates, what they cost and lose, who proposed them, and which are worth having."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ limits: the search tree stays small for tens of thousands of units.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -59,7 +60,7 @@ def _solved(problem: Problem, losses: Losses, pairs: Pairs, seconds: float, tigh
     flat[~allowed] = 0.0
     joint = [(u, v, np.asarray(each, float)) for (u, v), each in pairs.items() if np.any(each)]
     rows = _Rows(total + sum(each.size for _, _, each in joint))
-    for first, end in zip(offsets, offsets[1:], strict=False):
+    for first, end in itertools.pairwise(offsets):
         rows.add(np.arange(first, end), np.ones(end - first), 1.0, 1.0)
     for name, limit in problem.limits.items():
         left = limit - tighter * abs(limit) - problem.fixed.get(name, 0.0)
@@ -90,7 +91,7 @@ def _solved(problem: Problem, losses: Losses, pairs: Pairs, seconds: float, tigh
             )
         raise GraphoptError(f"the integer program was not solved ({found.message.strip()}); allow more time")
     chosen = found.x[:total]
-    return tuple(int(np.argmax(chosen[a:b])) for a, b in zip(offsets, offsets[1:], strict=False))
+    return tuple(int(np.argmax(chosen[a:b])) for a, b in itertools.pairwise(offsets))
 
 
 def with_pairs(losses: Losses, pairs: Pairs, assignment: Assignment) -> float:

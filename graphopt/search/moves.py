@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,10 +31,8 @@ class Moves:
         self._names = tuple(problem.limits)
         limits = np.array([problem.limits[name] - problem.fixed.get(name, 0.0) for name in self._names])
         scale = np.array([max(abs(problem.limits[name]), 1e-300) for name in self._names])
-        self._costs = [
-            np.stack([problem.spent[name][a:b] for name in self._names], 1) / scale if self._names else np.zeros((b - a, 0))
-            for a, b in zip(problem.offsets, problem.offsets[1:], strict=False)
-        ]  # fmt: skip
+        spent = np.array([problem.spent[name] for name in self._names]).reshape(len(self._names), -1).T / scale
+        self._costs = [spent[first:end] for first, end in itertools.pairwise(problem.offsets)]
         self._limits = limits / scale
 
     def switched(self, assignment: Assignment, count: int, rng: np.random.Generator) -> Assignment | None:
@@ -47,7 +46,8 @@ class Moves:
         for _ in range(count):
             unit = int(rng.choice(self._choosable))
             made[unit] = int(rng.choice([level for level in self._free[unit] if level != made[unit]]))
-        repaired = self.repaired(self._problem.settled(made), rng, [at for at, was in enumerate(assignment) if was != made[at]])
+        changed = [at for at, was in enumerate(assignment) if was != made[at]]
+        repaired = self.repaired(self._problem.settled(made), rng, changed)
         if repaired is None:
             return None
         filled = self.filled(repaired, rng)
@@ -64,8 +64,7 @@ class Moves:
             if not np.any(over):
                 break
             for unit in map(int, order):
-                cheaper = self._steps(made, unit, lambda saved: np.any(saved[over] > 0), down=True)
-                if cheaper:
+                if cheaper := self._steps(made, unit, over):
                     total = total - self._costs[unit][made[unit]]
                     made[unit] = cheaper[0]
                     total = total + self._costs[unit][made[unit]]
@@ -83,7 +82,7 @@ class Moves:
         for unit in map(int, rng.permutation(self._choosable)) if self._names else ():
             if self._is_tied(made, unit):
                 continue
-            for level in self._steps(made, unit, lambda saved: np.all(saved <= 0) and np.any(saved < 0), down=False):
+            for level in self._steps(made, unit):
                 after = total - self._costs[unit][made[unit]] + self._costs[unit][level]
                 if np.all(after <= self._limits + 1e-12):
                     made[unit], total = level, after
@@ -95,13 +94,17 @@ class Moves:
         return made[unit] not in self._free[unit]
 
     def _total(self, made: Sequence[int]) -> NDArray[np.float64]:
-        return np.sum([each[level] for each, level in zip(self._costs, made, strict=True)], axis=0)
+        total: NDArray[np.float64] = np.sum([each[at] for each, at in zip(self._costs, made, strict=True)], axis=0)
+        return total
 
-    def _steps(self, made: Sequence[int], unit: int, wanted: object, down: bool) -> list[int]:
-        """Return the levels whose saving `wanted` accepts, the nearest in cost first."""
+    def _steps(self, made: Sequence[int], unit: int, over: NDArray[np.bool_] | None = None) -> list[int]:
+        """Return the levels that save of what is `over` its limit, or all dearer ones; the nearest in cost first."""
         if self._is_tied(made, unit):
             return []
         now = self._costs[unit][made[unit]]
         saved = {level: now - self._costs[unit][level] for level in self._free[unit] if level != made[unit]}
-        found = [level for level, each in saved.items() if wanted(each)]  # type: ignore[operator]
+        if over is None:
+            found = [level for level, each in saved.items() if np.all(each <= 0) and np.any(each < 0)]
+        else:
+            found = [level for level, each in saved.items() if np.any(each[over] > 0)]
         return sorted(found, key=lambda level: abs(float(saved[level].sum())))

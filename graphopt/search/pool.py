@@ -1,16 +1,17 @@
 """Many calls of one function in other processes, one thread each: on this machine, or on a Ray cluster.
 
-Results come as they are done. A process that dies, or hangs, costs what it was working on: that is tried again, alone at
-last, so that one bad task is told from the others; what was done stays done.
+Results come as they are done. A process that dies, or hangs, costs what it was working on: that is tried again, in the
+end alone, so that one bad task is told from the others; what was done stays done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -49,7 +50,8 @@ class Pool:
 
     Attributes:
         workers: processes; 1: in this one, unless `timeout` asks for another that can be stopped.
-        cluster: "": this machine; "ray": the Ray cluster that this process is connected to, or else starts.
+        cluster: "": this machine; "ray": the Ray cluster that this process is connected to, or else one of its own.
+            What work names by path must lie where every node sees it.
         timeout: seconds that a task may take.
     """
 
@@ -60,74 +62,107 @@ class Pool:
     def run(self, work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Yield the index of each task with its result, as they are done.
 
-        What the function raises is raised here, after which the other tasks are dropped.
+        What the function raises is raised here, after which the other tasks are dropped. GraphoptError where a worker
+        lacks a package, or there is no such cluster.
         """
         if self.workers == 1 and not self.cluster and self.timeout is None:
-            yield from self._here(work, tasks)
+            yield from _here(work, tasks)
             return
+        elsewhere = self._on_ray if self.cluster == "ray" else self._on_this_machine
         left, breaks, reason = dict(enumerate(tasks)), 0, ""
         while left and breaks < _BREAKS:
             try:
-                for index, result in self._parallel(work, left, self.workers):
+                for index, result in elsewhere(work, left, self.workers):
                     del left[index]
                     yield index, result
             except _broken() as error:
                 breaks, reason = breaks + 1, self._told(error)
+            except ModuleNotFoundError as error:
+                raise GraphoptError(
+                    f"a worker lacks the package {error.name}; install there what is installed here"
+                ) from error
         for index, task in list(left.items()):
             try:
-                ((_, result),) = self._parallel(work, {index: task}, 1)
+                ((_, result),) = elsewhere(work, {index: task}, 1)
             except _broken() as error:
                 result = Lost(self._told(error) or reason)
             yield index, result
 
-    def _here(self, work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        call = work.load()
-        for index, task in enumerate(tasks):
-            with one_thread():
-                result = call(task)
-            yield index, result
-
-    def _parallel(self, work: Work, tasks: dict[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
+    def _on_this_machine(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
         import joblib
 
         calls = [joblib.delayed(_call)(work, index, task) for index, task in tasks.items()]
-        with self._backend(), warnings.catch_warnings():
+        with joblib.parallel_config("loky", inner_max_num_threads=1), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
             # With one worker joblib would stay in this process: there are two then, and one task at a time.
             parallel = joblib.Parallel(
                 max(workers, 2), return_as="generator_unordered", timeout=self.timeout, batch_size=1,
                 pre_dispatch="2 * n_jobs" if workers > 1 else 1,
             )  # fmt: skip
-            try:
-                yield from parallel(calls)
-            except ModuleNotFoundError as error:
-                raise GraphoptError(
-                    f"a worker lacks the package {error.name}; install there what is installed here"
-                ) from error
+            yield from parallel(calls)
 
-    def _backend(self) -> contextlib.AbstractContextManager[Any]:
-        import joblib
-
-        if not self.cluster:
-            return joblib.parallel_config("loky", inner_max_num_threads=1)  # type: ignore[no-any-return]
+    def _on_ray(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
+        """joblib's backend for Ray returns all results or none, so this one asks Ray itself."""
+        ray = _ray()
+        call, shared = ray.remote(max_retries=0)(_call), ray.put(work)
+        waiting: list[Any] = []
+        left = iter(list(tasks.items()))
         try:
-            from ray.util.joblib import register_ray
-        except ImportError:
-            raise GraphoptError("a Ray cluster needs the package ray; pip install 'graphopt[ray]'") from None
-        register_ray()
-        return joblib.parallel_config("ray")  # type: ignore[no-any-return]
+            while True:
+                waiting += [call.remote(shared, *item) for item in itertools.islice(left, workers - len(waiting))]
+                if not waiting:
+                    return
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=self.timeout)
+                if not done:
+                    raise TimeoutError
+                yield ray.get(done[0])
+        finally:
+            for each in waiting:
+                ray.cancel(each, force=True)
 
     def _told(self, error: BaseException) -> str:
-        if isinstance(error, Late | TimeoutError | multiprocessing.TimeoutError):
+        if isinstance(error, _late()):
             return f"it took longer than {self.timeout:g} s"
         return "its process died; it may need more memory than there is"
 
 
+def _here(work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    call = work.load()
+    for index, task in enumerate(tasks):
+        with one_thread():
+            result = call(task)
+        yield index, result
+
+
+def _ray() -> Any:
+    """Return the module, connected to a cluster."""
+    try:
+        import ray
+    except ImportError:
+        raise GraphoptError("a Ray cluster needs the package ray; pip install 'graphopt[ray]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise GraphoptError(f"cannot connect to a Ray cluster: {error}; see `ray status`") from error
+    return ray
+
+
+def _late() -> tuple[type[BaseException], ...]:
+    return Late, TimeoutError, multiprocessing.TimeoutError
+
+
 @functools.cache
 def _broken() -> tuple[type[BaseException], ...]:
+    """What says that a process died or hangs."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
 
-    return Late, TimeoutError, multiprocessing.TimeoutError, TerminatedWorkerError, BrokenProcessPool
+    known = [*_late(), TerminatedWorkerError, BrokenProcessPool]
+    with contextlib.suppress(ImportError):
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+        known += [NodeDiedError, OutOfMemoryError, WorkerCrashedError]
+    return tuple(known)
 
 
 @contextlib.contextmanager

@@ -179,7 +179,8 @@ class Problem:
         """Return what is asked of each resource and the least that can be reached of it alone, for a message."""
         write = describe or (lambda name, value: f"{name} {value:.6g}")
         least = self.least()
-        return ", ".join(f"{write(n, limit)} is asked and {write(n, least[n])} the least" for n, limit in self.limits.items())
+        asked = (f"{write(n, limit)} is asked and {write(n, least[n])} the least" for n, limit in self.limits.items())
+        return ", ".join(asked)
 
 
 def additive(losses: Losses, assignment: Assignment) -> float:

@@ -12,6 +12,7 @@ from made_up_candidates import Quadratic, allocation
 from graphopt.pipeline.journal import Journal
 from graphopt.search import Evaluator, Pool
 
+
 @pytest.fixture(autouse=True)
 def fresh_processes() -> None:
     """Workers of an earlier test have its candidates loaded, trouble and all."""
@@ -67,8 +68,10 @@ def test_a_process_that_dies_costs_its_own_task_at_most(kind: str, tmp_path: Pat
     if kind == "die always":
         expected[7] = math.inf
         assert judge.losses(MANY) == expected
-        assert judge.lost == ["a candidate could not be evaluated: its process died; it may need more memory than there is"]
-        assert evaluator(journal=Journal(tmp_path / "journal")).losses([which])[0] < math.inf  # it may do better next time
+        reason = "its process died; it may need more memory than there is"
+        assert judge.lost == [f"a candidate could not be evaluated: {reason}"]
+        next_time = evaluator(journal=Journal(tmp_path / "journal"))
+        assert next_time.losses([which])[0] < math.inf
     else:
         assert judge.losses(MANY) == expected and not judge.lost
 

@@ -1,4 +1,4 @@
-"""Evolution: holds the budget, ends alike for a seed whatever the number of processes or interruptions, and finds more."""
+"""Evolution: holds the budget, finds more than its seed, and ends alike for a seed, processes and interruptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def measured() -> list[list[float]]:
     truth = Quadratic(UNITS)
     at_best = (0,) * UNITS
     return [
-        [truth.loss((*at_best[:unit], level, *at_best[unit + 1 :])) for level in range(len(BITS))] for unit in range(UNITS)
+        [truth.loss((*at_best[:unit], level, *at_best[unit + 1 :])) for level in range(len(BITS))]
+        for unit in range(UNITS)
     ]
 
 
@@ -85,7 +86,5 @@ def test_the_front_keeps_what_no_other_beats() -> None:
     assert len(front) == 50
     kept = front.pareto("size")
     for point in kept:
-        assert not any(
-            other.loss < point.loss and other.costs["size"] <= point.costs["size"] for other in points
-        )
+        assert not any(o.loss < point.loss and o.costs["size"] <= point.costs["size"] for o in points)
     assert [each.costs["size"] for each in kept] == sorted({each.costs["size"] for each in kept})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from small_problems import Pairs, problems
@@ -22,6 +21,7 @@ from graphopt.search import (
     taken,
     with_pairs,
 )
+
 
 def everything(problem: Problem) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(len(unit.levels)) for unit in problem.units)))
