@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,6 +22,7 @@ import torch
 from graphopt.errors import GraphoptError
 
 _BREAKS = 2  # of the pool, before what is left is tried task by task
+_GRACE = 5.0  # seconds beyond a time-out, after which a process that does not hear is ended
 
 
 class Work(Protocol):
@@ -52,7 +54,7 @@ class Pool:
         workers: processes; 1: in this one, unless `timeout` asks for another that can be stopped.
         cluster: "": this machine; "ray": the Ray cluster that this process is connected to, or else one of its own.
             What work names by path must lie where every node sees it.
-        timeout: seconds that a task may take.
+        timeout: seconds that a task may take, once its process has loaded what it needs.
     """
 
     workers: int = 1
@@ -69,14 +71,14 @@ class Pool:
             yield from _here(work, tasks)
             return
         elsewhere = self._on_ray if self.cluster == "ray" else self._on_this_machine
-        left, breaks, reason = dict(enumerate(tasks)), 0, ""
+        left, breaks = dict(enumerate(tasks)), 0
         while left and breaks < _BREAKS:
             try:
                 for index, result in elsewhere(work, left, self.workers):
                     del left[index]
                     yield index, result
-            except _broken() as error:
-                breaks, reason = breaks + 1, self._told(error)
+            except _broken():
+                breaks += 1
             except ModuleNotFoundError as error:
                 raise GraphoptError(
                     f"a worker lacks the package {error.name}; install there what is installed here"
@@ -84,19 +86,19 @@ class Pool:
         for index, task in list(left.items()):
             try:
                 ((_, result),) = elsewhere(work, {index: task}, 1)
-            except _broken() as error:
-                result = Lost(self._told(error) or reason)
+            except _broken():
+                result = Lost("its process died; it may need more memory than there is")
             yield index, result
 
     def _on_this_machine(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
         import joblib
 
-        calls = [joblib.delayed(_call)(work, index, task) for index, task in tasks.items()]
+        calls = [joblib.delayed(_call)(work, index, task, self.timeout) for index, task in tasks.items()]
         with joblib.parallel_config("loky", inner_max_num_threads=1), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
             # With one worker joblib would stay in this process: there are two then, and one task at a time.
             parallel = joblib.Parallel(
-                max(workers, 2), return_as="generator_unordered", timeout=self.timeout, batch_size=1,
+                max(workers, 2), return_as="generator_unordered", batch_size=1,
                 pre_dispatch="2 * n_jobs" if workers > 1 else 1,
             )  # fmt: skip
             yield from parallel(calls)
@@ -109,21 +111,14 @@ class Pool:
         left = iter(list(tasks.items()))
         try:
             while True:
-                waiting += [call.remote(shared, *item) for item in itertools.islice(left, workers - len(waiting))]
+                waiting += [call.remote(shared, *item, self.timeout) for item in itertools.islice(left, workers - len(waiting))]
                 if not waiting:
                     return
-                done, waiting = ray.wait(waiting, num_returns=1, timeout=self.timeout)
-                if not done:
-                    raise TimeoutError
+                done, waiting = ray.wait(waiting, num_returns=1)
                 yield ray.get(done[0])
         finally:
             for each in waiting:
                 ray.cancel(each, force=True)
-
-    def _told(self, error: BaseException) -> str:
-        if isinstance(error, _late()):
-            return f"it took longer than {self.timeout:g} s"
-        return "its process died; it may need more memory than there is"
 
 
 def _here(work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -148,16 +143,12 @@ def _ray() -> Any:
     return ray
 
 
-def _late() -> tuple[type[BaseException], ...]:
-    return Late, TimeoutError, multiprocessing.TimeoutError
-
-
 @functools.cache
 def _broken() -> tuple[type[BaseException], ...]:
-    """What says that a process died or hangs."""
+    """What says that a process died."""
     from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
 
-    known = [*_late(), TerminatedWorkerError, BrokenProcessPool]
+    known = [TerminatedWorkerError, BrokenProcessPool]
     with contextlib.suppress(ImportError):
         from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
@@ -179,9 +170,39 @@ def one_thread() -> Iterator[None]:
 _loaded: dict[str, Callable[[Any], Any]] = {}  # in a worker: what it was given last
 
 
-def _call(work: Work, index: int, task: Any) -> tuple[int, Any]:
+def _call(work: Work, index: int, task: Any, timeout: float | None) -> tuple[int, Any]:
     torch.set_num_threads(1)
     if work.key not in _loaded:
         _loaded.clear()
         _loaded[work.key] = work.load()
-    return index, _loaded[work.key](task)
+    if timeout is None:
+        return index, _loaded[work.key](task)
+    try:
+        with _deadline(timeout):
+            return index, _loaded[work.key](task)
+    except _Late:
+        return index, Lost(f"it took longer than {timeout:g} s")
+
+
+class _Late(BaseException):
+    """No Exception: the user's function may catch these."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer; a process that is stuck where Python does not hear of it is ended."""
+
+    def late(*_: Any) -> None:
+        raise _Late
+
+    watch = threading.Timer(seconds + _GRACE, os._exit, (1,))
+    watch.daemon = True
+    before = signal.signal(signal.SIGALRM, late)
+    watch.start()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        watch.cancel()

@@ -79,11 +79,11 @@ def test_a_process_that_dies_costs_its_own_task_at_most(kind: str, tmp_path: Pat
 def test_what_hangs_is_given_up(tmp_path: Path) -> None:
     which = MANY[3]
     trouble = {"trouble": f"hang:{''.join(map(str, which))}", "marker": str(tmp_path / "once")}
-    judge = evaluator(Pool(2, timeout=2.0), **trouble)
+    judge = evaluator(Pool(2, timeout=1.0), **trouble)
     expected = evaluator().losses(MANY)
     expected[3] = math.inf
     assert judge.losses(MANY) == expected
-    assert judge.lost == ["a candidate could not be evaluated: it took longer than 2 s"]
+    assert judge.lost == ["a candidate could not be evaluated: it took longer than 1 s"]
 
 
 def test_what_a_candidate_raises_is_raised_and_the_rest_is_kept(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_a_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_hangs_is_given_up(tmp_path: Path) -> None:
     which = "".join(map(str, MANY[3]))
-    judge = evaluator(Pool(2, "ray", timeout=3), 2, trouble=f"hang:{which}", marker=str(tmp_path / "m"))
+    judge = evaluator(Pool(2, "ray", timeout=1), 2, trouble=f"hang:{which}", marker=str(tmp_path / "m"))
     expected = evaluator(Pool(), 2).losses(MANY)
     expected[3] = math.inf
     assert judge.losses(MANY) == expected
-    assert judge.lost == ["a candidate could not be evaluated: it took longer than 3 s"]
+    assert judge.lost == ["a candidate could not be evaluated: it took longer than 1 s"]
