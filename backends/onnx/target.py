@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from graphopt.backends.onnx.packing import two_bits_known
 from graphopt.backends.onnx.processor import saturates_pairs
 from graphopt.target import IntegerOperator, Target
 
@@ -27,6 +28,7 @@ ONNXRUNTIME_CPU = Target(
     saturates_pairs=saturates_pairs(),
     measurable=True,
     width_multiple=16,
+    code_bits=(2, 4, 8) if two_bits_known() else (4, 8),
     activation_format="uint8",
     weight_format="int8",
     bias_format="int32",

@@ -39,6 +39,16 @@ def parameters(program: Program) -> int:
     return count
 
 
+def resources(program: Program) -> dict[str, float]:
+    """Return what a program costs of everything that is counted, by the name under which a search knows it."""
+    return {
+        "bits": weight_bits(program),
+        "size_bytes": float(parameter_bytes(program)),
+        "macs": float(macs(program)),
+        "parameters": float(parameters(program)),
+    }
+
+
 def weight_bits(program: Program) -> float:
     """Return the bits of all weights once packed.
 

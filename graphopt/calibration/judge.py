@@ -29,25 +29,35 @@ class Judge:
         batches: the data. count: how many of its batches are used, at most.
     """
 
-    @torch.no_grad()
     def __init__(self, program: Program, batches: Batches, count: int) -> None:
         self._batches = batches.first(count)
-        self._targets: list[list[Any]] = []
-        for index, flat in enumerate(self._batches):
-            with running(index):
-                self._targets.append(_floating(program.run(flat)))
+        self._targets = targets_of(program, self._batches)
 
-    @torch.no_grad()
+    @classmethod
+    def of(cls, batches: Sequence[list[Any]], targets: Sequence[list[Tensor]]) -> Judge:
+        """Return a judge for outputs that are known, as `targets_of` gives them."""
+        made = cls.__new__(cls)
+        made._batches, made._targets = list(batches), list(targets)
+        return made
+
     def __call__(self, program: Program) -> float:
         """Return the mean over outputs of KL a row, in nats, and a tenth of the squared error relative to the target's.
 
         Outputs whose last axis has one coordinate have no divergence. Infinity where an output is not finite.
         """
+        return self._over(program, range(len(self._batches)))
+
+    def piece(self, program: Program, index: int) -> float:
+        """Return the same over one batch."""
+        return self._over(program, [index])
+
+    @torch.no_grad()
+    def _over(self, program: Program, indices: Sequence[int]) -> float:
         total = [[0.0, 0, 0.0, 0.0] for _ in self._targets[0]]
-        for index, (flat, targets) in enumerate(zip(self._batches, self._targets, strict=True)):
+        for index in indices:
             with running(index):
-                outputs = _floating(program.run(flat))
-            for sums, made, target in zip(total, outputs, targets, strict=True):
+                outputs = _floating(program.run(self._batches[index]))
+            for sums, made, target in zip(total, outputs, self._targets[index], strict=True):
                 finite = target.isfinite()
                 if not bool(made[finite].isfinite().all()):
                     return float("inf")
@@ -58,6 +68,16 @@ class Judge:
                 sums[3] += float(torch.where(finite, target, 0.0).double().square().sum())
         each = [kl / max(rows, 1) + _SQUARES * error / max(square, 1e-300) for kl, rows, error, square in total]
         return sum(each) / max(len(each), 1)
+
+
+@torch.no_grad()
+def targets_of(program: Program, batches: Sequence[list[Any]]) -> list[list[Tensor]]:
+    """Return a program's floating outputs on some batches."""
+    found = []
+    for index, flat in enumerate(batches):
+        with running(index):
+            found.append(_floating(program.run(flat)))
+    return found
 
 
 def _floating(outputs: Sequence[Any]) -> list[Tensor]:

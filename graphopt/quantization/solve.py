@@ -17,6 +17,7 @@ over scales or tables, until they gain nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -125,6 +126,15 @@ class Quantized:
         found = [coding.scale] + ([] if coding.zero_point is None else [coding.zero_point])
         return all(bool((each == each.flatten()[0]).all()) for each in found)
 
+    def file_bits(self, code_bits: Sequence[int]) -> float:
+        """Return the bits in a file whose codes take one of some sizes; scales and tables take 32 bits a number."""
+        grid, scale = self.coding.grid, self.coding.scale
+        each = min((size for size in code_bits if size >= grid.bits), default=8 * self.codes.element_size())
+        count = 1 if self.single_scale else scale.numel()
+        zeros = 0 if self.coding.zero_point is None else count * each
+        table = 0 if self.coding.table is None else 32 * self.coding.table.numel()
+        return self.codes.numel() * each + 32.0 * count + zeros + table + self._bits_beside()
+
     def bits(self) -> float:
         """Return the bits of everything: codes, scales, zero points, tables, and 16 for each number in float16."""
         grid, scale = self.coding.grid, self.coding.scale
@@ -136,12 +146,16 @@ class Quantized:
             total += count * grid.bits
         if self.coding.table is not None:
             total += 16 * self.coding.table.numel()
-        total += self.column_values.numel() * 16 + len(self.columns) * _INDEX_BITS
+        return float(total + self._bits_beside())
+
+    def _bits_beside(self) -> int:
+        """Return the bits of what is kept beside codes."""
+        total = self.column_values.numel() * 16 + len(self.columns) * _INDEX_BITS
         if self.outliers is not None:
             total += int((self.outliers != 0).sum()) * (16 + _INDEX_BITS)
         if self.left is not None and self.right is not None:
             total += 16 * (self.left.numel() + self.right.numel())
-        return float(total)
+        return total
 
 
 def quantize_matrix(

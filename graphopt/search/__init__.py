@@ -2,6 +2,7 @@
 
 from graphopt.search.baselines import greedy, random_search
 from graphopt.search.bisection import Step, bisect, sorted_steps, taken
+from graphopt.search.choices import Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
 from graphopt.search.evaluator import Candidates, Evaluator, LossTask, MetricTask, check_metric
 from graphopt.search.evolution import Evolution
 from graphopt.search.front import Front, Point
@@ -11,8 +12,11 @@ from graphopt.search.pool import Lost, Pool, Work
 from graphopt.search.problem import Assignment, Infeasible, Level, Losses, Problem, Tie, Unit, additive
 
 __all__ = [
+    "Assembler",
     "Assignment",
     "Candidates",
+    "Choices",
+    "Choosing",
     "Evaluator",
     "Evolution",
     "Front",
@@ -23,16 +27,20 @@ __all__ = [
     "Lost",
     "MetricTask",
     "Moves",
+    "Offer",
     "Point",
     "Pool",
     "Problem",
     "Step",
+    "Store",
+    "StoredCandidates",
     "Tie",
     "Unit",
     "Work",
     "additive",
     "bisect",
     "check_metric",
+    "gathered",
     "greedy",
     "integer_program",
     "random_search",

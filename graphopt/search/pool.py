@@ -111,7 +111,8 @@ class Pool:
         left = iter(list(tasks.items()))
         try:
             while True:
-                waiting += [call.remote(shared, *item, self.timeout) for item in itertools.islice(left, workers - len(waiting))]
+                free = itertools.islice(left, workers - len(waiting))
+                waiting += [call.remote(shared, *item, self.timeout) for item in free]
                 if not waiting:
                     return
                 done, waiting = ray.wait(waiting, num_returns=1)

@@ -28,27 +28,29 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 from torch.nn import functional
 
-from graphopt.analysis import macs, parameters
+from graphopt.analysis import macs, parameters, resources
 from graphopt.analysis.blocks import Branch, find_blocks
 from graphopt.calibration.collect import observe
 from graphopt.calibration.judge import Judge
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, nearest
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
 from graphopt.passes.prune.allocation import bounds_of, told
 from graphopt.passes.prune.latency import latency_of
 from graphopt.passes.prune.refit import added_to, fittable, in_order, refit
 from graphopt.pipeline import Context, LossyPass, site_names
+from graphopt.search import Choosing, Level, Offer, Problem, Store, integer_program
+from graphopt.search import Unit as SearchUnit
 
 aten = torch.ops.aten
+_STAYS, _GOES = "stays", "goes"
 _GAIN = 1e-6  # relative: exchanging units for less is chasing noise
 _CONVOLUTIONS = {"conv1d": aten.conv1d.default, "conv2d": aten.conv2d.default, "conv3d": aten.conv3d.default}
 
@@ -69,7 +71,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class DropBlocks(LossyPass):
+class DropBlocks(LossyPass, Choosing):
     """Remove layers or branches.
 
     Attributes:
@@ -82,6 +84,7 @@ class DropBlocks(LossyPass):
         replace: linear puts a linear map, fitted to what is gone, in its place; none leaves nothing.
         resolve: whether what stays is fitted to the original.
         spill: keep activations in files between stages.
+        blocks: what goes, by name, instead of what a criterion says (`allocate` chooses so).
     """
 
     unit: Literal["layers", "branches"] = "layers"
@@ -93,11 +96,12 @@ class DropBlocks(LossyPass):
     replace: Literal["none", "linear"] = "none"
     resolve: bool = True
     spill: bool = False
+    blocks: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
         units = self._units(program, rewriter)
-        chosen = _Choice(self, program, units, context).made()
+        chosen = self._named(units) if self.blocks else _Choice(self, program, units, context).made()
         if not chosen:
             return rewriter.finish()
         before = program.clone()
@@ -114,6 +118,39 @@ class DropBlocks(LossyPass):
                 rewriter.replace(node, rewriter.weight(value, str(node.target), value.dtype, node))
             rewriter.note(relative_errors=errors)
         return rewriter.finish()
+
+    def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
+        """Return for every layer or branch whether it stays."""
+        before = resources(program)
+        found = []
+        for unit in self._units(program, Rewriter(program.clone(), self.name)):
+            without = program.clone()
+            self._take(without, [unit])
+            costs = {name: was - now for (name, was), now in zip(before.items(), resources(without).values(), strict=True)}
+            gone = frozenset(program.weights.keys() - without.weights.keys())
+            found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}))
+        return found
+
+    def restructure(self, program: Program, levels: Mapping[str, str]) -> None:
+        units = self._units(program, Rewriter(program.clone(), self.name))
+        self._take(program, [unit for unit in units if unit.name in levels])
+
+    def chosen(self, levels: Mapping[str, str]) -> DropBlocks | None:
+        return replace(self, blocks=tuple(levels), count=None) if levels else None
+
+    def _take(self, program: Program, units: Sequence[Unit]) -> None:
+        rewriter = Rewriter(program, self.name)
+        _take_out(rewriter, units)
+        rewriter.finish()
+
+    def _named(self, units: Sequence[Unit]) -> list[Unit]:
+        known = [unit.name for unit in units]
+        if unknown := [name for name in self.blocks if name not in known]:
+            raise GraphoptError(
+                f"{self.name}: there is no block {unknown[0]!r} that can go{nearest(unknown[0], known)}; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+        return [unit for unit in units if unit.name in self.blocks]
 
     def _units(self, program: Program, rewriter: Rewriter) -> list[Unit]:
         blocks = find_blocks(program)
@@ -296,23 +333,20 @@ class _Choice:
 
     def _knapsack(self) -> list[Unit]:
         """Return the set of the least sum of costs that saves enough, by an integer program."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
-
-        costs = np.array([max(self._cost([unit]), 0.0) for unit in self.units])
         if self.options.count is not None:
-            saved, needed = np.ones((1, len(self.units))), [float(self.options.count)]
+            saved: list[dict[str, float]] = [{"count": 1.0} for _ in self.units]
+            limits, whole = {"count": float(len(self.units) - self.options.count)}, {"count": float(len(self.units))}
         else:
+            whole = {bound.name: bound.of(self.program) for bound in self._bounds}
+            limits = {bound.name: bound.limit for bound in self._bounds}
             alone = [self._without([unit]) for unit in self.units]
-            now = [bound.of(self.program) for bound in self._bounds]
-            saved = np.array([[was - b.of(made) for made in alone] for was, b in zip(now, self._bounds, strict=True)])
-            needed = [was - bound.limit for was, bound in zip(now, self._bounds, strict=True)]
-        scale = costs.max() or 1.0
-        found = milp(
-            costs / scale, integrality=np.ones(len(costs)), bounds=Bounds(0, 1),
-            constraints=LinearConstraint(saved, lb=np.array(needed)),
-        )  # fmt: skip
-        assert found.x is not None, "all of them together save enough"
-        return [unit for unit, taken in zip(self.units, found.x, strict=True) if taken > 0.5]
+            saved = [{bound.name: whole[bound.name] - bound.of(made) for bound in self._bounds} for made in alone]
+        levels = [(Level(_STAYS, each), Level(_GOES)) for each in saved]
+        fixed = {name: value - sum(each[name] for each in saved) for name, value in whole.items()}
+        problem = Problem(tuple(map(SearchUnit, (unit.name for unit in self.units), levels)), limits, fixed)
+        losses = [[0.0, max(self._cost([unit]), 0.0)] for unit in self.units]
+        chosen = problem.names(integer_program(problem, losses))
+        return [unit for unit in self.units if chosen[unit.name] == _GOES]
 
     def _cosines(self) -> dict[Unit, float]:
         """Return 1 - mean cosine of what goes into a unit and what comes out, over all tokens."""

@@ -22,8 +22,8 @@ Lossy. Runs after what changes weights exactly, and after what quantizes activat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -45,13 +45,14 @@ from graphopt.quantization.solve import Choices, Quantized, Rounding, quantize_m
 from graphopt.quantization.tuning import Tuner
 from graphopt.quantization.weights import unfit
 from graphopt.quantization.writing import look_up, put_codes, stored_parts
+from graphopt.search import Choosing, Level, Offer, Store
 
 aten = torch.ops.aten
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(LossyPass):
+class QuantizeWeights(LossyPass, Choosing):
     """Quantize weights alone, to any grid.
 
     Attributes:
@@ -78,6 +79,8 @@ class QuantizeWeights(LossyPass):
             stay, and so do these linears.
         spill: keep activations in files between stages.
         tune: none, blocks or model, see above; tune_steps: of Adam, for each block or for all.
+        grids: of single weights, by name, instead of `grid`; `float` leaves one as it is.
+        levels: grids that a search may choose from for each weight (`allocate`).
     """
 
     quantizes: ClassVar[bool] = True
@@ -105,6 +108,8 @@ class QuantizeWeights(LossyPass):
     spill: bool = False
     tune: Literal["none", "blocks", "model"] = "none"
     tune_steps: Annotated[int, Field(ge=1)] = 100
+    grids: dict[str, str] = field(default_factory=dict)
+    levels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +121,12 @@ class QuantizeWeights(LossyPass):
                     raise GraphoptError(f"{self.name}.{name}: {error}") from None
                 if name == "embeddings" and form.tabled:
                     raise GraphoptError(f"{self.name}.embeddings cannot be {given}: its tables are for linears")
+        for option, names in (("grids", self.grids.values()), ("levels", self.levels)):
+            for given in names:
+                try:
+                    grid(given) if given != "float" else None
+                except GraphoptError as error:
+                    raise GraphoptError(f"{self.name}.{option}: {error}") from None
         self.choices(False), self.choices(True)  # refuses what does not go together
         if self.objective == "plain" and self.rounding != "nearest":
             raise GraphoptError(
@@ -125,20 +136,19 @@ class QuantizeWeights(LossyPass):
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
-        weights: dict[fx.Node, list[fx.Node]] = {}
-        for node in program.graph.nodes:
-            if operator(node) == "linear" or operator(node) in _CONVOLUTIONS:
-                if reason := self.refusal(program, node) or _unfit(program, node):
-                    rewriter.decline(node, reason)
-                else:
-                    weights.setdefault(arguments(node)["weight"], []).append(node)
-        alike = {weight: sites for weight, sites in weights.items() if self._fits(weight, sites, rewriter)}
-        made, without = self._solved(program, alike, context)
+        weights = self._weights(program, rewriter.decline)
+        made: dict[fx.Node, tuple[Quantized, float]] = {}
+
+        def solve(weight: fx.Node, gram: Gram | None, outputs: Tensor | None) -> Tensor:
+            made[weight] = self._quantized(program, weight, weights[weight], gram, outputs)
+            return from_matrix(made[weight][0].value(), program.weight(weight))
+
+        without = self._each(program, weights, context, solve)
         if self.tune != "none" and made:
-            made = self._tuned(program, alike, made, context, rewriter)
+            made = self._tuned(program, weights, made, context, rewriter)
         costs, bits = {}, {}
         for weight, (quantized, cost) in made.items():
-            put_codes(weight, alike[weight], quantized, rewriter)
+            put_codes(weight, weights[weight], quantized, rewriter)
             costs[str(weight.target)] = cost
             bits[str(weight.target)] = quantized.bits() / quantized.codes.numel()
         if self.embeddings:
@@ -150,7 +160,47 @@ class QuantizeWeights(LossyPass):
             rewriter.decline("program", "it has no weight to quantize")
         return rewriter.finish()
 
-    def _fits(self, weight: fx.Node, sites: list[fx.Node], rewriter: Rewriter) -> bool:
+    def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
+        """Return a choice of grids for each weight; each is rounded for the inputs that the original layers give."""
+        if not self.levels:
+            raise GraphoptError(f"{self.name} has no levels to choose from; give levels=['int8', 'int4', ...]")
+        levels = {name: replace(self, grid=name, sequential=False, levels=()) for name in self.levels if name != "float"}
+        weights = self._weights(program, lambda node, reason: None)
+        found: dict[fx.Node, list[Level]] = {}
+
+        def solve(weight: fx.Node, gram: Gram | None, outputs: Tensor | None) -> None:
+            name, original = str(weight.target), program.weight(weight)
+            stored = original.numel() * original.element_size()
+            found[weight] = [Level("float", {"bits": 8.0 * stored, "size_bytes": float(stored)})]
+            for level, each in levels.items():
+                quantized, _ = each._quantized(program, weight, weights[weight], gram, outputs)
+                store.put(name, level, {name: from_matrix(quantized.value(), original)})
+                costs = {"bits": quantized.bits(), "size_bytes": quantized.file_bits(context.target.code_bits) / 8}
+                found[weight].append(Level(level, costs))
+
+        replace(self, sequential=False)._each(program, weights, context, solve)
+        return [Offer(str(weight.target), tuple(found[weight])) for weight in weights]
+
+    def chosen(self, levels: Mapping[str, str]) -> QuantizeWeights | None:
+        """Return the pass that gives each weight the grid it was chosen for, and leaves the others."""
+        if not levels:
+            return None
+        return replace(self, levels=(), grids=dict(levels), only=(*levels,), skip=())
+
+    def _weights(self, program: Program, decline: Callable[[fx.Node, str], object]) -> dict[fx.Node, list[fx.Node]]:
+        """Return the weights that can be quantized, with the operators that multiply by them."""
+        weights: dict[fx.Node, list[fx.Node]] = {}
+        for node in program.graph.nodes:
+            if operator(node) == "linear" or operator(node) in _CONVOLUTIONS:
+                if reason := self.refusal(program, node) or _unfit(program, node):
+                    decline(node, reason)
+                elif self.grids.get(str(arguments(node)["weight"].target)) == "float":
+                    decline(node, "kept float by grids")
+                else:
+                    weights.setdefault(arguments(node)["weight"], []).append(node)
+        return {weight: sites for weight, sites in weights.items() if self._fits(weight, sites, decline)}
+
+    def _fits(self, weight: fx.Node, sites: list[fx.Node], decline: Callable[[fx.Node, str], object]) -> bool:
         """Return whether a weight can be replaced for all who read it; declines its readers otherwise."""
         kinds = {(operator(site) == "linear", int(arguments(site).get("groups", 1))) for site in sites}
         others = [user for user in weight.users if user not in sites]
@@ -170,14 +220,14 @@ class QuantizeWeights(LossyPass):
             what = "columns are kept for linears" if self.columns else "low rank is for convolutions without groups"
             reason = f"{what}; skip it, or leave that option out"
         for site in sites if reason else []:
-            rewriter.decline(site, reason)
+            decline(site, reason)
         return not reason
 
     # Solving ------------------------------------------------------------------------------------------------------
 
-    def choices(self, convolution: bool, table: bool = False) -> Choices:
+    def choices(self, convolution: bool, table: bool = False, weight: str = "") -> Choices:
         """Return what is to be done with the weight of a convolution or a linear, or of one that is a table as well."""
-        form = grid(self.embeddings if table and self.embeddings else self.grid)
+        form = grid(self.embeddings if table and self.embeddings else self.grids.get(weight, self.grid))
         group = form.block or (self.conv_group_size if convolution else self.group_size)
         return Choices(
             Form(form, group, self.symmetric, self.range, self.percentile),
@@ -191,33 +241,37 @@ class QuantizeWeights(LossyPass):
             spread=self.spread,
         )
 
-    def _solved(
-        self, program: Program, weights: Mapping[fx.Node, list[fx.Node]], context: Context
-    ) -> tuple[dict[fx.Node, tuple[Quantized, float]], list[str]]:
-        """Return every weight quantized, with its relative error, and the sites whose tokens all count alike.
+    def _quantized(
+        self, program: Program, weight: fx.Node, sites: list[fx.Node], gram: Gram | None, outputs: Tensor | None
+    ) -> tuple[Quantized, float]:
+        """Return a weight quantized, with its relative error."""
+        matrix = to_matrix(program.weight(weight).detach(), sites[0], self._parts_of(sites))
+        table = any(operator(user) == "embedding" for user in weight.users)
+        choices = self.choices(operator(sites[0]) != "linear", table, str(weight.target))
+        quantized = quantize_matrix(matrix, choices, gram, outputs)
+        return quantized, relative_error(matrix, quantized, gram)
 
-        These are sites without an attention, or without gradients, where an objective asks for one.
+    def _each(
+        self,
+        program: Program,
+        weights: Mapping[fx.Node, list[fx.Node]],
+        context: Context,
+        solve: Callable[[fx.Node, Gram | None, Tensor | None], Tensor | None],
+    ) -> list[str]:
+        """Call `solve` for every weight, with what is known of its inputs and outputs; it returns the new weight.
+
+        Returns the sites whose tokens all count alike: those without an attention, or without gradients, where an
+        objective asks for one.
         """
-        made: dict[fx.Node, tuple[Quantized, float]] = {}
+        solved: set[fx.Node] = set()
         weight_of = {site: weight for weight, sites in weights.items() for site in sites}
         grams: dict[fx.Node, Gram] = {}
         outputs: dict[fx.Node, Tensor] = {}
-
         parts = {weight: self._parts_of(sites) for weight, sites in weights.items()}
-
-        def solve(weight: fx.Node, gram: Gram | None) -> Tensor:
-            site = weights[weight][0]
-            matrix = to_matrix(program.weight(weight).detach(), site, parts[weight])
-            table = any(operator(user) == "embedding" for user in weight.users)
-            choices = self.choices(operator(site) != "linear", table)
-            quantized = quantize_matrix(matrix, choices, gram, _sum_over(weights[weight], outputs))
-            made[weight] = quantized, relative_error(matrix, quantized, gram)
-            return from_matrix(quantized.value(), program.weight(weight))
-
         if self.objective == "plain":
             for weight in weights:
-                solve(weight, None)
-            return made, []
+                solve(weight, None, None)
+            return []
         batches = context.needed_calibration(self.name)
         sites_of = {site: parts[weight] for site, weight in weight_of.items()}
         counts = self._token_weights(program, sites_of, outputs, context)
@@ -247,17 +301,17 @@ class QuantizeWeights(LossyPass):
             with context.progress.stage("quantize", len(sites)) as stage:
                 for site in sites:
                     weight = weight_of[site]
-                    if weight not in made:
-                        value = solve(weight, grams.pop(weight, None))
-                        values |= dict.fromkeys(weights[weight], value)
+                    if weight not in solved:
+                        solved.add(weight)
+                        value = solve(weight, grams.pop(weight, None), _sum_over(weights[weight], outputs))
+                        values |= dict.fromkeys(weights[weight], value) if value is not None else {}
                     stage.advance()
             return values if self.sequential else {}
 
         both = self.sequential and self.drift
         Stream(program, list(weight_of), batches, context.progress, both, self.spill).run(show, settle)
         weighted |= {site for shown in observers.values() for site in shown.weighted}
-        without = [site.name for site in weight_of if site not in weighted and self.objective != "gram"]
-        return made, without
+        return [site.name for site in weight_of if site not in weighted and self.objective != "gram"]
 
     def _parts_of(self, sites: list[fx.Node]) -> int:
         """Return in how many parts the output channels of a weight are solved."""

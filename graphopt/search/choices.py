@@ -1,0 +1,287 @@
+"""What passes let a search choose, and candidates put together from it.
+
+A pass that derives from `Choosing` says which units it decides about and what each level costs, and computes every
+level once. What a level makes of weights goes to a store on disk, from which processes map it into memory: to evaluate
+a candidate, weights are swapped, nothing is computed anew. Passes may decide about the same unit (a weight that is
+stored as codes, or whose operator runs on integers): the levels of a unit are those of all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from graphopt.calibration.judge import Judge, targets_of
+from graphopt.errors import GraphoptError, described, first_line
+from graphopt.files import replacing, write_text
+from graphopt.ir import Program
+from graphopt.ir.program import assign_weight
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.registry import parse_pass
+from graphopt.search.evaluator import LossTask, MetricTask, check_metric
+from graphopt.search.problem import Assignment, Level, Problem, Tie, Unit
+
+GONE = "gone"  # the level of a unit that another unit's level takes away
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a pass decides about one place.
+
+    Attributes:
+        unit: name of the place; passes that decide about the same one call it alike.
+        levels: the choices, the first leaves it as it is.
+        takes: at which levels the place takes other units away, and these units' names.
+    """
+
+    unit: str
+    levels: tuple[Level, ...]
+    takes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+
+class Choosing:
+    """What a pass adds so that a search can choose for it."""
+
+    def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
+        """Return what can be chosen, and put what each level makes of weights into the store."""
+        raise NotImplementedError
+
+    def restructure(self, program: Program, levels: Mapping[str, str]) -> None:
+        """Change the graph of a program, which is a clone, to what levels other than the first ask for."""
+
+    def chosen(self, levels: Mapping[str, str]) -> Pass | None:
+        """Return the pass that makes a choice for good, levels by unit; None where nothing is to be done."""
+        raise NotImplementedError
+
+
+class Store:
+    """What levels make of weights: a file for each unit and level, mapped into memory where it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[tuple[str, str], dict[str, Tensor]] = {}
+
+    def put(self, unit: str, level: str, weights: Mapping[str, Tensor]) -> None:
+        """Keep weights by name. Raises GraphoptError where they cannot be written."""
+        _save(self._path(unit, level), {name: each.detach().clone() for name, each in weights.items()})
+
+    def get(self, unit: str, level: str) -> dict[str, Tensor]:
+        """Return weights by name; none where the level leaves them."""
+        key = unit, level
+        if key not in self._known:
+            path = self._path(unit, level)
+            self._known[key] = torch.load(path, mmap=True, weights_only=True) if path.exists() else {}
+        return self._known[key]
+
+    def _path(self, unit: str, level: str) -> Path:
+        return self.folder / f"level-{hashlib.sha256(json.dumps([unit, level]).encode()).hexdigest()[:32]}.pt"
+
+
+def _save(path: Path, value: Any) -> None:
+    try:
+        with replacing(path) as temporary:
+            torch.save(value, temporary)
+    except RuntimeError as error:  # as which torch reports a full disk
+        raise GraphoptError(f"cannot write {path}: {first_line(error)}; free some space, or point TMPDIR to more") from error
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What all passes together let a search choose.
+
+    Attributes:
+        passes: that decide. problem: the units and what they cost, without limits.
+        owners: of each unit, of each level, the pass that makes it; -1: it leaves the unit as it is.
+    """
+
+    passes: tuple[Pass, ...]
+    problem: Problem
+    owners: tuple[tuple[int, ...], ...]
+
+    def levels_of(self, assignment: Assignment) -> list[dict[str, str]]:
+        """Return for each pass the units that it changes, with their levels."""
+        found: list[dict[str, str]] = [{} for _ in self.passes]
+        for unit, owners, level in zip(self.problem.units, self.owners, assignment, strict=True):
+            if owners[level] >= 0:
+                found[owners[level]][unit.name] = unit.levels[level].name
+        return found
+
+    def chosen(self, assignment: Assignment) -> list[Pass]:
+        """Return the passes that make an assignment for good."""
+        made = (each.chosen(levels) for each, levels in zip(self.passes, self.levels_of(assignment), strict=True))  # type: ignore[attr-defined]
+        return [each for each in made if each is not None]
+
+    def to_json(self) -> str:
+        """Return what `from_json` reads."""
+        plain = dataclasses.asdict(self.problem)
+        return json.dumps({"passes": list(map(str, self.passes)), "owners": self.owners, "problem": plain})
+
+    @staticmethod
+    def from_json(text: str) -> Choices:
+        known = json.loads(text)
+        owners = tuple(map(tuple, known["owners"]))
+        passes = tuple(parse_pass(each) for each in known["passes"])
+        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), owners)
+
+
+def gathered(passes: Sequence[Pass], program: Program, context: Context, store: Store, spent: Mapping[str, float]) -> Choices:
+    """Return what passes let a search choose of a program.
+
+    Args:
+        store: gets what the levels make of weights.
+        spent: what the whole program costs of each resource as it is.
+
+    Raises GraphoptError for a pass that lets nothing be chosen.
+    """
+    units: dict[str, list[Level]] = {}
+    owners: dict[str, list[int]] = {}
+    takes: list[tuple[str, str, frozenset[str]]] = []
+    for index, each in enumerate(passes):
+        if not isinstance(each, Choosing):
+            raise GraphoptError(f"{each.name} has nothing to choose from; see `graphopt passes allocate`")
+        for offer in each.offers(program, context, store):
+            first, *others = offer.levels
+            known = units.setdefault(offer.unit, [first])
+            owned = owners.setdefault(offer.unit, [-1])
+            if twice := [level.name for level in others if level.name in {one.name for one in known}]:
+                raise GraphoptError(f"two passes offer the level {twice[0]!r} for {offer.unit}; leave one of them out")
+            known += others
+            owned += [index] * len(others)
+            takes += [(offer.unit, level, names) for level, names in offer.takes.items()]
+    for _, _, names in takes:
+        for name in names & units.keys():
+            if GONE not in [level.name for level in units[name]]:
+                units[name].append(Level(GONE))
+                owners[name].append(-1)
+    place = {name: at for at, name in enumerate(units)}
+    ties = []
+    for whole, level, names in takes:
+        at = [each.name for each in units[whole]].index(level)
+        for name in sorted(names & units.keys(), key=place.__getitem__):
+            ties.append(Tie(place[name], len(units[name]) - 1, place[whole], at))
+            # What the whole costs as it is holds what is decided apart.
+            units[whole] = [_less(each, units[name][0]) if i != at else each for i, each in enumerate(units[whole])]
+    made = tuple(Unit(name, tuple(levels)) for name, levels in units.items())
+    fixed = {name: value - sum(unit.levels[0].costs.get(name, 0.0) for unit in made) for name, value in spent.items()}
+    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), tuple(tuple(owners[unit.name]) for unit in made))
+
+
+def _less(level: Level, part: Level) -> Level:
+    return Level(level.name, {name: cost - part.costs.get(name, 0.0) for name, cost in level.costs.items()})
+
+
+class Assembler:
+    """Puts candidates together; a program it returns is good until the next one is asked for."""
+
+    def __init__(self, program: Program, choices: Choices, store: Store) -> None:
+        self._program, self._choices, self._store = program, choices, store
+        self._structure: tuple[Any, ...] = ()
+        self._made: Program | None = None
+        self._weights = program.weights
+        self._swapped: set[str] = set()
+
+    def __call__(self, assignment: Assignment) -> Program:
+        levels = self._choices.levels_of(assignment)
+        structure = tuple(
+            tuple(sorted(each.items())) if _restructures(one) else ()
+            for one, each in zip(self._choices.passes, levels, strict=True)
+        )
+        if self._made is None or structure != self._structure:
+            self._made, self._structure, self._swapped = self._program.clone(), structure, set()
+            for one, each in zip(self._choices.passes, levels, strict=True):
+                if each and _restructures(one):
+                    one.restructure(self._made, each)  # type: ignore[attr-defined]
+        new: dict[str, Tensor] = {}
+        for each in levels:
+            for unit, level in each.items():
+                new |= self._store.get(unit, level)
+        there = self._made.weights.keys()
+        for name in (self._swapped | new.keys()) & there:
+            assign_weight(self._made.graph_module, name, new.get(name, self._weights[name]))
+        self._swapped = set(new)
+        return self._made
+
+
+def _restructures(one: Pass) -> bool:
+    return type(one).restructure is not Choosing.restructure  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class StoredCandidates:
+    """Candidates whose program, levels and data lie in a folder; what is sent to a process is small.
+
+    Attributes:
+        folder: of `keep`. key: of its contents. pieces: of data. seed: for the metric.
+        evaluate: the user's metric.
+    """
+
+    folder: Path
+    key: str
+    pieces: int
+    seed: int = 0
+    evaluate: Callable[[Any], float] | None = None
+
+    @staticmethod
+    def keep(
+        folder: Path, key: str, program: Program, original: Program, choices: Choices, batches: Sequence[list[Any]],
+        seed: int, evaluate: Callable[[Any], float] | None,
+    ) -> StoredCandidates:  # fmt: skip
+        """Write what candidates are made of, beside the levels, which are there already.
+
+        `original` is what they are compared with, on `batches`. Raises GraphoptError where it cannot be written.
+        """
+        program.save(folder / "program.pt2")
+        _save(folder / "data.pt", {"batches": list(batches), "targets": targets_of(original, batches)})
+        write_text(folder / "choices.json", choices.to_json())
+        return StoredCandidates(folder, key, len(batches), seed, evaluate)
+
+    def load(self) -> Callable[[Any], Any]:
+        data = torch.load(self.folder / "data.pt", mmap=True, weights_only=True)
+        choices = Choices.from_json((self.folder / "choices.json").read_text(encoding="utf-8"))
+        assembler = Assembler(Program.load(self.folder / "program.pt2"), choices, Store(self.folder))
+        return Judged(assembler, Judge.of(data["batches"], data["targets"]), self.seed, self.evaluate)
+
+
+@dataclass
+class Judged:
+    """Judges candidates: the function that `StoredCandidates.load` returns."""
+
+    assembler: Assembler
+    judge: Judge
+    seed: int
+    evaluate: Callable[[Any], float] | None
+
+    @torch.no_grad()
+    def __call__(self, task: LossTask | MetricTask) -> Any:
+        program = self.assembler(task.assignment)
+        if isinstance(task, MetricTask):
+            return self._metric(program)
+        found: list[float] = []
+        for piece in task.pieces:
+            found.append(self.judge.piece(program, piece))
+            if not math.fsum(found) <= task.bound:
+                break
+        return found
+
+    def _metric(self, program: Program) -> float:
+        assert self.evaluate is not None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                value = self.evaluate(program.module())
+        except GraphoptError:
+            raise
+        except Exception as error:
+            raise GraphoptError(f"evaluate failed on a candidate: {described(error)}") from error
+        return check_metric(value, "a candidate")
