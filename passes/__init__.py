@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graphopt.passes.allocate.allocate import Allocate
     from graphopt.passes.canonicalize.canonicalize import Canonicalize
     from graphopt.passes.factorize.factorize import Factorize
     from graphopt.passes.fold.batch_norm import FoldBatchNorm
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AbsorbBias": "transform.absorb_bias",
+    "Allocate": "allocate.allocate",
     "BestOf": "transform.best_of",
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
@@ -66,8 +68,8 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize", "Factorize",
-    "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
+    "AbsorbBias", "Allocate", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize",
+    "Factorize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
     "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "Recover",
     "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
 ]  # fmt: skip

@@ -56,7 +56,7 @@ def read_gradients(
                 args, kwargs = pytree.tree_unflatten(list(flat), program.signature.in_spec)
                 value = loss(_Module(program, watched), kwargs or args)
             else:
-                value = _own_loss(watched.run(*flat), generator)
+                value = own_loss(watched.run(*flat), generator)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise GraphoptError("loss must return a single number as a tensor that gradients flow through")
             if value.requires_grad:
@@ -93,7 +93,8 @@ class Watch(fx.Interpreter):
         return result
 
 
-def _own_loss(outputs: Sequence[Any], generator: torch.Generator) -> Tensor:
+def own_loss(outputs: Sequence[Any], generator: torch.Generator) -> Tensor:
+    """Return what a model's outputs say of a loss: see `read_gradients`; GraphoptError where they have no gradient."""
     floating = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
     for each in floating:
         if each.dim() == 0:

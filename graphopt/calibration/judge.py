@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,14 @@ class Judge:
         return self._over(program, [index])
 
     @torch.no_grad()
+    def effect(self, program: Program, index: int, rows: int) -> Tensor:
+        """Return what a program changes in the outputs of a batch, as a vector of `effect`, over all outputs."""
+        with running(index):
+            outputs = _floating(program.run(self._batches[index]))
+        each = [effect(made, target, rows) for made, target in zip(outputs, self._targets[index], strict=True)]
+        return torch.cat(each) / math.sqrt(max(len(each), 1))
+
+    @torch.no_grad()
     def _over(self, program: Program, indices: Sequence[int]) -> float:
         total = [[0.0, 0, 0.0, 0.0] for _ in self._targets[0]]
         for index in indices:
@@ -68,6 +77,33 @@ class Judge:
                 sums[3] += float(torch.where(finite, target, 0.0).double().square().sum())
         each = [kl / max(rows, 1) + _SQUARES * error / max(square, 1e-300) for kl, rows, error, square in total]
         return sum(each) / max(len(each), 1)
+
+
+def effect(made: Tensor, target: Tensor, rows: int) -> Tensor:
+    """Return a vector z with |z|^2 near to what `Judge` finds, where outputs differ little.
+
+    Of the divergence that is its second order: half the variance of the difference under softmax(target). For two
+    changes with vectors z and z', 2 <z, z'> is therefore what both lose together beyond the sum, as long as their
+    effects add up. At most `rows` rows are looked at, evenly chosen.
+    """
+    classes = target.dim() > 0 and target.shape[-1] > 1
+    if classes:
+        made, target = _some(made, rows), _some(target, rows)
+    whole = target.isfinite()
+    moved = torch.where(whole, made - target, 0.0).double()
+    square = torch.where(whole, target, 0.0).double().square().sum().clamp(min=1e-300)
+    found = [((_SQUARES / square).sqrt() * moved).flatten()]
+    if classes:
+        chance = target.double().softmax(-1)
+        moved = moved - (chance * moved).sum(-1, keepdim=True)
+        found.append(((chance / (2 * max(len(moved), 1))).sqrt() * moved).flatten())
+    return torch.cat(found)
+
+
+def _some(value: Tensor, rows: int) -> Tensor:
+    """Return at most so many rows of a value, evenly chosen, [rows, C]."""
+    flat = value.reshape(-1, value.shape[-1])
+    return flat[torch.linspace(0, len(flat) - 1, min(rows, len(flat))).long()]
 
 
 @torch.no_grad()

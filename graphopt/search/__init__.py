@@ -1,5 +1,6 @@
 """Allocation as a search over units with discrete levels: one engine, whatever the levels are."""
 
+from graphopt.search import curvature
 from graphopt.search.baselines import greedy, random_search
 from graphopt.search.bisection import Step, bisect, sorted_steps, taken
 from graphopt.search.choices import Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
@@ -10,6 +11,7 @@ from graphopt.search.integer import integer_program, with_pairs
 from graphopt.search.moves import Moves
 from graphopt.search.pool import Lost, Pool, Work
 from graphopt.search.problem import Assignment, Infeasible, Level, Losses, Problem, Tie, Unit, additive
+from graphopt.search.surrogate import Surrogate, correlation, losses_of, singles_of
 
 __all__ = [
     "Assembler",
@@ -34,16 +36,21 @@ __all__ = [
     "Step",
     "Store",
     "StoredCandidates",
+    "Surrogate",
     "Tie",
     "Unit",
     "Work",
     "additive",
     "bisect",
     "check_metric",
+    "correlation",
+    "curvature",
     "gathered",
     "greedy",
     "integer_program",
+    "losses_of",
     "random_search",
+    "singles_of",
     "sorted_steps",
     "taken",
     "with_pairs",

@@ -29,9 +29,10 @@ from graphopt.ir.program import assign_weight
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.registry import parse_pass
-from graphopt.search.evaluator import LossTask, MetricTask, check_metric
+from graphopt.search.evaluator import EffectsTask, LossTask, MetricTask, check_metric
 from graphopt.search.problem import Assignment, Level, Problem, Tie, Unit
 
+_ROWS = 64  # of each output of a piece, where effects are compared
 GONE = "gone"  # the level of a unit that another unit's level takes away
 
 
@@ -93,7 +94,7 @@ def _save(path: Path, value: Any) -> None:
         with replacing(path) as temporary:
             torch.save(value, temporary)
     except RuntimeError as error:  # as which torch reports a full disk
-        raise GraphoptError(f"cannot write {path}: {first_line(error)}; free some space, or point TMPDIR to more") from error
+        raise GraphoptError(f"cannot write {path} ({first_line(error)}); free some space") from error
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ class Choices:
         return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), owners)
 
 
-def gathered(passes: Sequence[Pass], program: Program, context: Context, store: Store, spent: Mapping[str, float]) -> Choices:
+def gathered(
+    passes: Sequence[Pass], program: Program, context: Context, store: Store, spent: Mapping[str, float]
+) -> Choices:
     """Return what passes let a search choose of a program.
 
     Args:
@@ -174,7 +177,8 @@ def gathered(passes: Sequence[Pass], program: Program, context: Context, store: 
             units[whole] = [_less(each, units[name][0]) if i != at else each for i, each in enumerate(units[whole])]
     made = tuple(Unit(name, tuple(levels)) for name, levels in units.items())
     fixed = {name: value - sum(unit.levels[0].costs.get(name, 0.0) for unit in made) for name, value in spent.items()}
-    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), tuple(tuple(owners[unit.name]) for unit in made))
+    owned_by = tuple(tuple(owners[unit.name]) for unit in made)
+    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by)
 
 
 def _less(level: Level, part: Level) -> Level:
@@ -263,16 +267,23 @@ class Judged:
     evaluate: Callable[[Any], float] | None
 
     @torch.no_grad()
-    def __call__(self, task: LossTask | MetricTask) -> Any:
-        program = self.assembler(task.assignment)
+    def __call__(self, task: LossTask | MetricTask | EffectsTask) -> Any:
         if isinstance(task, MetricTask):
-            return self._metric(program)
+            return self._metric(self.assembler(task.assignment))
+        if isinstance(task, EffectsTask):
+            return self._effects(task)
+        program = self.assembler(task.assignment)
         found: list[float] = []
         for piece in task.pieces:
             found.append(self.judge.piece(program, piece))
             if not math.fsum(found) <= task.bound:
                 break
         return found
+
+    def _effects(self, task: EffectsTask) -> list[list[float]]:
+        found = [self.judge.effect(self.assembler(each), task.piece, _ROWS) for each in task.assignments]
+        vectors = torch.stack(found)
+        return (vectors @ vectors.mT).tolist()
 
     def _metric(self, program: Program) -> float:
         assert self.evaluate is not None

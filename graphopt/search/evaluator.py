@@ -7,6 +7,7 @@ exceed what it is allowed altogether is rejected without the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,6 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from graphopt.errors import GraphoptError
 from graphopt.pipeline.journal import Journal
@@ -35,19 +39,34 @@ class LossTask:
 
 @dataclass(frozen=True)
 class MetricTask:
-    """Asks for the user's metric of a candidate."""
+    """Asks for the user's metric of a candidate; `again` counts further calls for the same one."""
 
     assignment: Assignment
+    again: int = 0
+
+
+@dataclass(frozen=True)
+class EffectsTask:
+    """Asks how the effects of candidates on a piece add up: their inner products, [candidates][candidates].
+
+    The effect of a candidate is a vector whose square is near its loss (`graphopt.calibration.judge.effect`).
+    """
+
+    assignments: tuple[Assignment, ...]
+    piece: int
 
 
 class Candidates(Work, Protocol):
-    """Makes candidates and judges them: `load()` returns a function of LossTask (a list) and MetricTask (a number).
+    """Makes candidates and judges them.
+
+    `load()` returns a function of LossTask, which gives a list, of MetricTask, a number, and EffectsTask, a matrix.
 
     Attributes:
         pieces: how many pieces of data there are to judge by.
     """
 
-    pieces: int
+    @property
+    def pieces(self) -> int: ...
 
 
 @dataclass
@@ -116,9 +135,28 @@ class Evaluator:
         self._run([MetricTask(each) for each in dict.fromkeys(wanted) if each not in self._metrics], self._took_metric)
         return [self._metrics[each] for each in wanted]
 
+    def metric_again(self, assignment: Assignment, times: int) -> list[float]:
+        """Return what further calls of the metric give, which need not be the same; they are journaled, too."""
+        found: list[float] = []
+        tasks = [MetricTask(assignment, again) for again in range(1, times + 1)]
+        self._run(tasks, lambda task, result: found.append(math.nan if isinstance(result, Lost) else result))
+        return found
+
     def _took_metric(self, task: MetricTask, result: Any) -> None:
         self._metrics[task.assignment] = -math.inf if isinstance(result, Lost) or math.isnan(result) else result
         self.metrics += 1
+
+    def effects(self, assignments: Sequence[Assignment], pieces: Sequence[int]) -> NDArray[np.float64]:
+        """Return the inner products of the effects of assignments, the mean over pieces, [n, n]."""
+        total = np.zeros((len(assignments), len(assignments)))
+
+        def took(task: EffectsTask, result: Any) -> None:
+            nonlocal total
+            if not isinstance(result, Lost):
+                total = total + np.array(result)
+
+        self._run([EffectsTask(tuple(assignments), piece) for piece in pieces], took)
+        return total / max(len(pieces), 1)
 
     def _run(self, tasks: Sequence[Any], took: Callable[[Any, Any], None]) -> None:
         """Do what is in no journal; what is done is in there before anything else happens."""
@@ -146,9 +184,8 @@ class Evaluator:
         finally:
             self.seconds += time.perf_counter() - started
 
-    def _key(self, task: LossTask | MetricTask) -> str:
-        bound = [task.pieces, repr(task.bound)] if isinstance(task, LossTask) else []
-        text = json.dumps([self.candidates.key, type(task).__name__, task.assignment, bound])
+    def _key(self, task: LossTask | MetricTask | EffectsTask) -> str:
+        text = json.dumps([self.candidates.key, type(task).__name__, dataclasses.asdict(task)])
         return f"evaluated {hashlib.sha256(text.encode()).hexdigest()[:40]}"
 
 

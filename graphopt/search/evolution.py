@@ -12,7 +12,7 @@ all the data stands in the front, whatever became of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from graphopt.search.front import Front, Point
 from graphopt.search.moves import Moves
 from graphopt.search.problem import Assignment, Losses
 
+_MORE = 8  # times as many offspring are drawn where a model chooses
 _TRIES = 20  # for an offspring that was not seen before
 
 
@@ -48,12 +49,19 @@ class Evolution:
     patience: int = 20
     seed: int = 0
 
-    def search(self, evaluator: Evaluator, seeds: Sequence[Assignment], losses: Losses | None = None) -> Front:
+    def search(
+        self,
+        evaluator: Evaluator,
+        seeds: Sequence[Assignment],
+        losses: Losses | None = None,
+        model: Callable[[Assignment], float] | None = None,
+    ) -> Front:
         """Return all candidates that were judged on all the data.
 
         Args:
             seeds: assignments to begin with, which hold the limits.
             losses: estimates; a level of infinite loss is left out.
+            model: of the loss of an assignment; half of the offspring are then those it likes of several times as many.
         """
         problem, rng = evaluator.problem, np.random.default_rng(self.seed)
         moves, front = Moves(problem, losses), Front()
@@ -65,7 +73,7 @@ class Evolution:
         with evaluator.progress.stage("evolution", self.evaluations) as stage:
             while parents and shown < self.evaluations and idle < self.patience:
                 generation += 1
-                young = self._offspring([each.assignment for each in parents], moves, rng, seen)
+                young = self._offspring([each.assignment for each in parents], moves, rng, seen, model)
                 if not young:
                     break
                 best, worst = parents[0].loss, parents[-1].loss if len(parents) == self.parents else math.inf
@@ -100,16 +108,26 @@ class Evolution:
         return sorted(points, key=lambda each: each.loss)[: self.parents]
 
     def _offspring(
-        self, parents: list[Assignment], moves: Moves, rng: np.random.Generator, seen: set[Assignment]
+        self,
+        parents: list[Assignment],
+        moves: Moves,
+        rng: np.random.Generator,
+        seen: set[Assignment],
+        model: Callable[[Assignment], float] | None,
     ) -> list[Assignment]:
-        made: list[Assignment] = []
-        for _ in range(self.offspring * _TRIES):
-            if len(made) == self.offspring:
+        made: dict[Assignment, None] = {}
+        wanted = self.offspring * (1 if model is None else _MORE)
+        for _ in range(wanted * _TRIES):
+            if len(made) == wanted:
                 break
             parent = parents[int(rng.integers(len(parents)))]
             count = int(min(rng.integers(1, self.switches + 1), rng.integers(1, self.switches + 1)))
             child = moves.switched(parent, count, rng)
             if child is not None and child not in seen:
-                seen.add(child)
-                made.append(child)
-        return made
+                made[child] = None
+        young = list(made)
+        if model is not None:
+            liked = sorted(young, key=model)[: self.offspring // 2]
+            young = [*liked, *(each for each in young if each not in liked)][: self.offspring]
+        seen.update(young)
+        return young

@@ -126,7 +126,8 @@ class DropBlocks(LossyPass, Choosing):
         for unit in self._units(program, Rewriter(program.clone(), self.name)):
             without = program.clone()
             self._take(without, [unit])
-            costs = {name: was - now for (name, was), now in zip(before.items(), resources(without).values(), strict=True)}
+            after = resources(without)
+            costs = {name: was - after[name] for name, was in before.items()}
             gone = frozenset(program.weights.keys() - without.weights.keys())
             found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}))
         return found

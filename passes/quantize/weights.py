@@ -164,7 +164,8 @@ class QuantizeWeights(LossyPass, Choosing):
         """Return a choice of grids for each weight; each is rounded for the inputs that the original layers give."""
         if not self.levels:
             raise GraphoptError(f"{self.name} has no levels to choose from; give levels=['int8', 'int4', ...]")
-        levels = {name: replace(self, grid=name, sequential=False, levels=()) for name in self.levels if name != "float"}
+        alone = replace(self, sequential=False, levels=())
+        levels = {name: replace(alone, grid=name) for name in self.levels if name != "float"}
         weights = self._weights(program, lambda node, reason: None)
         found: dict[fx.Node, list[Level]] = {}
 
@@ -178,7 +179,7 @@ class QuantizeWeights(LossyPass, Choosing):
                 costs = {"bits": quantized.bits(), "size_bytes": quantized.file_bits(context.target.code_bits) / 8}
                 found[weight].append(Level(level, costs))
 
-        replace(self, sequential=False)._each(program, weights, context, solve)
+        alone._each(program, weights, context, solve)
         return [Offer(str(weight.target), tuple(found[weight])) for weight in weights]
 
     def chosen(self, levels: Mapping[str, str]) -> QuantizeWeights | None:

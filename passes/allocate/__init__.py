@@ -1,0 +1,1 @@
+"""Passes that search for what others shall do."""

@@ -1,0 +1,422 @@
+"""Choose a level for every unit that other passes offer, under a budget.
+
+    program  ->  the candidate of least divergence from the original whose costs hold the budget
+
+The passes named in `choices` say what can be chosen (grids of weights, blocks that stay or go) and compute every level
+once. Each unit is tried alone at each level; how the effects of two units add up is seen from the same outputs
+(`graphopt.search.surrogate`). A solver proposes candidates, which are put together from the levels and judged on
+calibration data:
+
+    integer     the integer program over the losses of single units, with terms for the strongest pairs
+    evolution   the same, then offspring of the best that hold the budget ("EvoPress: Accurate Dynamic Model Compression
+                via Evolutionary Search")
+    bisection   units in the order of loss for what they save, as far as the metric allows or the budget asks
+    greedy      the same order, until the budget holds; nothing is judged on the way
+    random      to compare with
+
+Where the budget bounds the metric alone, as much is saved as the metric allows, by bisection. What is chosen is then
+done by the passes themselves, on all the data: they may do better than the candidate, which is put together from levels
+that were computed one by one.
+
+Lossy. Runs where the passes in `choices` would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from graphopt.analysis import resources
+from graphopt.errors import GraphoptError
+from graphopt.ir import Changes, Program, Site
+from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
+from graphopt.pipeline.unfinished import run_key
+from graphopt.search import (
+    Assignment,
+    Choices,
+    Evaluator,
+    Evolution,
+    Front,
+    Infeasible,
+    Point,
+    Pool,
+    Problem,
+    Store,
+    StoredCandidates,
+    Surrogate,
+    bisect,
+    correlation,
+    curvature,
+    gathered,
+    greedy,
+    integer_program,
+    losses_of,
+    random_search,
+    singles_of,
+    sorted_steps,
+    taken,
+)
+
+_BOUNDS = {"average_bits": "bits", "size_ratio": "size_bytes", "macs_ratio": "macs", "params_ratio": "parameters"}
+_EFFECTS = 400  # units at a level whose effects are compared, at most: their products are held in memory
+_CALLS = 3  # of a metric that does not return the same twice, to tell by how much it varies
+_SHOWN = 200  # points of the front in the trace
+
+Estimate = Literal["divergence", "interaction", "hessian", "fisher", "sqnr"]
+
+
+@dataclass(frozen=True)
+class Allocate(Composite):
+    """Choose what other passes do to each place, under the budget.
+
+    Attributes:
+        choices: passes that offer levels, each as `str(pass)` writes it.
+        solver: see above.
+        estimate: of what a unit loses at a level. divergence: measured, each alone. interaction: the same, and pairs.
+            hessian, fisher, sqnr: see `graphopt.search.curvature`; for levels that change nothing but weights.
+        evaluations: candidates that the solver may judge on all the data, or as many pieces of it altogether.
+        samples: calibration batches to judge by. alone: of these, those on which units are tried alone.
+        pairs: share of the pairs of units that the integer program knows of.
+        compare: other estimates to report the correlation of with the true losses.
+        workers: processes. cluster: ray spreads them over a Ray cluster.
+        timeout: seconds that one evaluation may take; a candidate that takes longer is left out.
+    """
+
+    exact: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
+
+    choices: tuple[str, ...] = ("quantize_weights(levels=['int8', 'int6', 'int4', 'int3', 'int2'])",)
+    solver: Literal["evolution", "integer", "bisection", "greedy", "random"] = "evolution"
+    estimate: Estimate = "interaction"
+    evaluations: PositiveInt = 50
+    samples: PositiveInt = 32
+    alone: PositiveInt = 8
+    pairs: Annotated[float, Field(ge=0, le=1)] = 0.05
+    compare: tuple[Estimate, ...] = ("fisher", "sqnr")
+    workers: PositiveInt = 1
+    cluster: Literal["", "ray"] = ""
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.choices:
+            what = "choices=['quantize_weights(levels=...)']"
+            raise GraphoptError(f"{self.name} needs passes to choose for; give {what}")
+        for text in self.choices:
+            parse_pass(text)
+
+    def compose(
+        self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
+    ) -> tuple[Branch | None, Changes]:
+        started = time.perf_counter()
+        limits = _limits(context, program)
+        if not limits and context.budget.metric_drop is None:
+            names = ", ".join([*_BOUNDS, "metric_drop"])
+            raise GraphoptError(f"{self.name} needs to know what must hold: give a budget with one of {names}")
+        batches = context.needed_calibration(self.name).first(self.samples)
+        with _folder(context) as folder:
+            work = _Work.prepared(self, program, context, limits, batches, folder)
+            chosen = work.chosen()
+            changes = work.changes(chosen)
+        changes.facts["seconds"] = {
+            "all": round(time.perf_counter() - started, 3), "evaluations": round(work.evaluator.seconds, 3),
+        }  # fmt: skip
+        passes = work.choices.chosen(chosen.assignment)
+        return (branch(passes, context) if passes else None), changes
+
+
+@contextlib.contextmanager
+def _folder(context: Context) -> Iterator[Path]:
+    """Yield where levels are kept: beside the journal of a run, so that one that goes on finds them."""
+    journal = context.journal.path
+    if journal is None:
+        with tempfile.TemporaryDirectory(prefix="graphopt-levels-") as name:
+            yield Path(name)
+        return
+    folder = journal.parent / "levels"
+    folder.mkdir(exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)  # an interruption leaves it
+
+
+def _limits(context: Context, program: Program) -> dict[str, float]:
+    """Return the most that may be spent of each resource that the budget bounds."""
+    whole = resources(context.original or program)
+    bounds = context.budget.bounds()
+    if "latency_ratio" in bounds:
+        raise GraphoptError(f"allocate does not know latencies; bound one of {', '.join(_BOUNDS)}")
+    found = {_BOUNDS[name]: bound * whole[_BOUNDS[name]] for name, bound in bounds.items() if name in _BOUNDS}
+    if "average_bits" in bounds:
+        found["bits"] = bounds["average_bits"] * whole["parameters"]
+    return found
+
+
+@dataclass
+class _Work:
+    """One search."""
+
+    options: Allocate
+    context: Context
+    program: Program
+    choices: Choices
+    problem: Problem
+    evaluator: Evaluator
+    store: Store
+    batches: list[list[Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def prepared(
+        options: Allocate, program: Program, context: Context, limits: dict[str, float], batches: list[list[Any]],
+        folder: Path,
+    ) -> _Work:  # fmt: skip
+        """Compute the levels, unless an interrupted run has, and write what candidates are made of."""
+        data = context.needed_calibration(options.name)
+        key = run_key(program, data, options.choices, context.seed, options.samples, sorted(limits.items()))
+        known = folder / "choices.json"
+        if (folder / "key").exists() and (folder / "key").read_text() == key and known.exists():
+            choices = Choices.from_json(known.read_text())
+        else:
+            passes = [parse_pass(each) for each in options.choices]
+            with context.progress.stage("compute levels"):
+                choices = gathered(passes, program, context, Store(folder), resources(program))
+        original = context.original or program
+        kept = StoredCandidates.keep(
+            folder, key, program, original, choices, batches, context.seed, context.evaluate
+        )
+        (folder / "key").write_text(key)
+        problem = dataclasses.replace(choices.problem, limits=limits)
+        pool = Pool(options.workers, options.cluster, options.timeout)
+        evaluator = Evaluator(problem, kept, pool, context.journal, context.progress)
+        return _Work(options, context, program, choices, problem, evaluator, Store(folder), batches)
+
+    # Choosing -----------------------------------------------------------------------------------------------------
+
+    def chosen(self) -> Point:
+        """Return the candidate to go on with."""
+        if not self.problem.units:
+            offered = ", ".join(self.options.choices)
+            raise GraphoptError(f"{self.options.name} found nothing to choose: {offered} offer no unit")
+        self.problem.check(self._described)
+        if self.problem.limits and self.problem.feasible(self.problem.start):
+            self.facts["note"] = "the budget holds as it is"
+            if self.context.budget.metric_drop is None:
+                return self._point(self.problem.start, 0.0, "as it is")
+        surrogate = self._estimated()
+        if not self.problem.limits:
+            return self._within_metric(surrogate)
+        front = self._solved(surrogate)
+        self.facts["front"] = self._told(front)
+        if not len(front):
+            raise GraphoptError(f"{self.options.name}: no candidate within the budget gives finite outputs")
+        ordered = sorted(front, key=lambda each: each.loss)
+        self._correlate(surrogate, front)
+        return self._best_by_metric(ordered)
+
+    def _described(self, resource: str, value: float) -> str:
+        whole = resources(self.context.original or self.program)
+        for name, of in _BOUNDS.items():
+            if of == resource and (name == "average_bits") == (resource == "bits"):
+                return f"budget.{name} {value / whole['parameters' if resource == 'bits' else resource]:.4g}"
+        return f"{resource} {value:.6g}"
+
+    def _solved(self, surrogate: Surrogate) -> Front:
+        options, problem, evaluator = self.options, self.problem, self.evaluator
+        losses = surrogate.losses
+        if options.solver == "random":
+            return random_search(evaluator, options.evaluations, self.context.seed)
+        if options.solver == "greedy":
+            return self._judged({greedy(problem, losses): "greedy"})
+        if options.solver == "bisection":
+            return self._judged({self._first_that_holds(losses): "bisection"})
+        with self.context.progress.stage("integer program"):
+            seeds = {integer_program(problem, losses): "integer program"}
+            if surrogate.singles:
+                paired = integer_program(problem, losses, surrogate.pairs(options.pairs))
+                seeds.setdefault(paired, "integer program with pairs")
+                rng = np.random.default_rng(self.context.seed)
+                seeds.setdefault(surrogate.descended(problem, paired, rng), "descent on the model")
+        front = self._judged(seeds)
+        if options.solver == "evolution":
+            found = Evolution(options.evaluations, seed=self.context.seed)
+            front.update(found.search(evaluator, list(seeds), losses, surrogate if surrogate.singles else None))
+        return front
+
+    def _judged(self, proposed: dict[Assignment, str]) -> Front:
+        front = Front()
+        for (each, origin), loss in zip(proposed.items(), self.evaluator.losses(proposed), strict=True):
+            if math.isfinite(loss):
+                front.add(self._point(each, loss, origin))
+        return front
+
+    def _point(self, assignment: Assignment, loss: float, origin: str) -> Point:
+        return Point(assignment, loss, self.problem.costs(assignment), origin)
+
+    def _first_that_holds(self, losses: Any) -> Assignment:
+        """Return the first step, in the order of loss for what is saved, after which the budget holds."""
+        resource = next(iter(self.problem.limits))
+        steps = sorted_steps(self.problem, losses, resource)
+        count = bisect(lambda n: not self.problem.feasible(taken(self.problem, steps, n)), len(steps))
+        if count == len(steps):
+            reached = self.problem.reach(self._described)
+            raise Infeasible(f"bisection does not reach the budget: {reached}; use evolution")
+        return taken(self.problem, steps, count + 1)
+
+    # Estimates ----------------------------------------------------------------------------------------------------
+
+    def _estimated(self) -> Surrogate:
+        """Try every unit alone at every level, and report how well other estimates follow that."""
+        problem, options = self.problem, self.options
+        singles = singles_of(problem)
+        pieces = range(min(options.alone, self.evaluator.pieces))
+        with self.context.progress.stage("try units alone"):
+            measured = dict(zip(singles, self.evaluator.losses(singles.values(), pieces), strict=True))
+        estimates = {name: self._by_weights(name) for name in dict.fromkeys([*options.compare, options.estimate])}
+        estimates = {name: found for name, found in estimates.items() if found}
+        self.facts["correlations"] = {
+            name: _rounded(correlation([found[key] for key in found], [measured[key] for key in found]))
+            for name, found in estimates.items()
+        }
+        losses = losses_of(problem, measured)
+        if options.estimate in estimates:
+            # What changes more than weights has no such estimate: there the measured loss stands.
+            losses = losses_of(problem, measured | estimates[options.estimate])
+        self.facts["losses"] = {
+            unit.name: {level.name: float(f"{loss:.4g}") for level, loss in zip(unit.levels, each, strict=True)}
+            for unit, each in zip(problem.units, losses, strict=True)
+        }
+        if options.estimate != "interaction":
+            return Surrogate(losses, {}, np.zeros((0, 0)))
+        finite = [key for key in singles if math.isfinite(measured[key])]
+        strongest = sorted(finite, key=lambda key: -measured[key])[:_EFFECTS]
+        with self.context.progress.stage("compare effects"):
+            products = self.evaluator.effects([singles[key] for key in strongest], pieces)
+        return Surrogate(losses, {key: at for at, key in enumerate(strongest)}, products)
+
+    def _by_weights(self, estimate: str) -> dict[tuple[int, int], float]:
+        """Return an estimate for the levels that change nothing but weights."""
+        if estimate not in ("hessian", "fisher", "sqnr"):
+            return {}
+        changes = {}
+        for unit, level in singles_of(self.problem):
+            each = self.problem.units[unit]
+            if found := self.store.get(each.name, each.levels[level].name):
+                changes[unit, level] = found
+        if not changes:
+            return {}
+        with self.context.progress.stage(f"estimate by {estimate}"):
+            if estimate == "sqnr":
+                return curvature.sqnr(self.program, changes)
+            few = self.batches[: self.options.alone]
+            by = curvature.hessian if estimate == "hessian" else curvature.fisher
+            return by(self.program, changes, few, self.context.loss, self.context.seed)
+
+    def _correlate(self, surrogate: Surrogate, front: Front) -> None:
+        """Report how well models of whole candidates follow their true losses."""
+        points = [each for each in front if not each.estimated]
+        true = [each.loss for each in points]
+        alone = dataclasses.replace(surrogate, singles={})
+        models = {"sum of single losses": alone} | ({"with pairs": surrogate} if surrogate.singles else {})
+        self.facts["correlations"] |= {
+            name: _rounded(correlation([model(each.assignment) for each in points], true))
+            for name, model in models.items()
+        }
+
+    # The metric ---------------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> float | None:
+        """Return the least metric that the budget allows; None where it bounds none."""
+        drop, evaluate = self.context.budget.metric_drop, self.context.evaluate
+        if drop is None:
+            return None
+        if evaluate is None:
+            raise GraphoptError("budget.metric_drop needs a metric; pass evaluate=")
+        (before,) = self.evaluator.metric([self.problem.start])
+        if not math.isfinite(before):
+            raise GraphoptError("evaluate returned NaN on the original model; return a finite number, higher is better")
+        again = self.evaluator.metric_again(self.problem.start, _CALLS - 1)
+        if spread := max([before, *again]) - min([before, *again]):
+            self.facts["metric_spread"] = spread
+            self.facts["note"] = (
+                f"the metric is noisy: it varied by {spread:.3g} over {_CALLS} calls on the same model, "
+                f"where budget.metric_drop is {drop:g}"
+            )
+        return before - drop
+
+    def _best_by_metric(self, ordered: Sequence[Point]) -> Point:
+        """Return the candidate of least loss among those whose metric the budget allows."""
+        wanted = self._wanted()
+        if wanted is None:
+            return ordered[0]
+        best: Point | None = None
+        for point in ordered[: max(3, self.options.evaluations // 10)]:
+            (metric,) = self.evaluator.metric([point.assignment])
+            judged = dataclasses.replace(point, metric=metric)
+            if metric >= wanted:
+                return judged
+            best = judged if best is None or metric > (best.metric or -math.inf) else best
+        assert best is not None
+        self.facts["note"] = f"the metric falls to {best.metric:.4g}, below the {wanted:.4g} that the budget allows"
+        return best
+
+    def _within_metric(self, surrogate: Surrogate) -> Point:
+        """Return what saves most while the metric holds, by bisection over the steps."""
+        wanted = self._wanted()
+        assert wanted is not None
+        steps = sorted_steps(self.problem, surrogate.losses, "size_bytes")
+
+        def holds(count: int) -> bool:
+            (metric,) = self.evaluator.metric([taken(self.problem, steps, count)])
+            return metric >= wanted
+
+        with self.context.progress.stage("bisect by the metric"):
+            count = bisect(holds, len(steps))
+        made = taken(self.problem, steps, max(count, 0))
+        (loss,), (metric,) = self.evaluator.losses([made]), self.evaluator.metric([made])
+        return dataclasses.replace(self._point(made, loss, f"bisection, {count} of {len(steps)} steps"), metric=metric)
+
+    # What is told -------------------------------------------------------------------------------------------------
+
+    def _told(self, front: Front) -> list[dict[str, Any]]:
+        resource = next(iter(self.problem.limits))
+        points = front.pareto(resource)[:_SHOWN]
+        return [{"cost": each.costs[resource], "loss": each.loss, "origin": each.origin} for each in points]
+
+    def changes(self, chosen: Point) -> Changes:
+        """Return the record: every unit with its level and what it alone loses."""
+        changes = Changes(facts=self.facts)
+        names = self.problem.names(chosen.assignment)
+        for unit, level in names.items():
+            if level == next(each for each in self.problem.units if each.name == unit).levels[0].name:
+                changes.skipped.append(Site(unit, f"{level} is best: it stays as it is"))
+            else:
+                alone = self.facts.get("losses", {}).get(unit, {}).get(level)
+                changes.touched.append(Site(unit, level + ("" if alone is None else f", alone it loses {alone:.3g}")))
+        self.facts |= {
+            "levels": names, "loss": chosen.loss, "origin": chosen.origin, "costs": chosen.costs,
+            "evaluated": self.evaluator.evaluated / max(self.evaluator.pieces, 1), "metrics": self.evaluator.metrics,
+        }  # fmt: skip
+        if chosen.metric is not None:
+            self.facts["metric"] = chosen.metric
+        if self.evaluator.lost:
+            self.facts["lost"] = list(dict.fromkeys(self.evaluator.lost))
+        return changes
+
+
+def _rounded(found: tuple[float, float]) -> dict[str, float | None]:
+    return {
+        name: None if math.isnan(value) else round(value, 4)
+        for name, value in zip(("rank", "logarithm"), found, strict=True)
+    }
