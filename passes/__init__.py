@@ -69,9 +69,9 @@ _MODULES = {
 
 __all__ = [
     "AbsorbBias", "Allocate", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize",
-    "Factorize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute", "Prune",
-    "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights", "Recover",
-    "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
+    "Factorize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute",
+    "Prune", "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights",
+    "Recover", "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from graphopt.search.integer import integer_program, with_pairs
 from graphopt.search.moves import Moves
 from graphopt.search.pool import Lost, Pool, Work
 from graphopt.search.problem import Assignment, Infeasible, Level, Losses, Problem, Tie, Unit, additive
+from graphopt.search.search import Estimate, Search, Solver
 from graphopt.search.surrogate import Surrogate, correlation, losses_of, singles_of
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Candidates",
     "Choices",
     "Choosing",
+    "Estimate",
     "Evaluator",
     "Evolution",
     "Front",
@@ -33,6 +35,8 @@ __all__ = [
     "Point",
     "Pool",
     "Problem",
+    "Search",
+    "Solver",
     "Step",
     "Store",
     "StoredCandidates",

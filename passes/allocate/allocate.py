@@ -25,16 +25,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, PositiveInt
 
 from graphopt.analysis import resources
@@ -45,35 +45,25 @@ from graphopt.pipeline.unfinished import run_key
 from graphopt.search import (
     Assignment,
     Choices,
+    Estimate,
     Evaluator,
-    Evolution,
     Front,
-    Infeasible,
     Point,
     Pool,
     Problem,
+    Search,
+    Solver,
     Store,
     StoredCandidates,
     Surrogate,
-    bisect,
-    correlation,
     curvature,
     gathered,
-    greedy,
-    integer_program,
-    losses_of,
-    random_search,
     singles_of,
-    sorted_steps,
-    taken,
 )
 
 _BOUNDS = {"average_bits": "bits", "size_ratio": "size_bytes", "macs_ratio": "macs", "params_ratio": "parameters"}
-_EFFECTS = 400  # units at a level whose effects are compared, at most: their products are held in memory
 _CALLS = 3  # of a metric that does not return the same twice, to tell by how much it varies
 _SHOWN = 200  # points of the front in the trace
-
-Estimate = Literal["divergence", "interaction", "hessian", "fisher", "sqnr"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class Allocate(Composite):
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
     choices: tuple[str, ...] = ("quantize_weights(levels=['int8', 'int6', 'int4', 'int3', 'int2'])",)
-    solver: Literal["evolution", "integer", "bisection", "greedy", "random"] = "evolution"
+    solver: Solver = "evolution"
     estimate: Estimate = "interaction"
     evaluations: PositiveInt = 50
     samples: PositiveInt = 32
@@ -175,7 +165,18 @@ class _Work:
     evaluator: Evaluator
     store: Store
     batches: list[list[Any]]
-    facts: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def search(self) -> Search:
+        options = self.options
+        return Search(
+            self.evaluator, options.solver, options.estimate, self._by_weights, options.evaluations, options.alone,
+            options.pairs, options.compare, self.context.seed,
+        )  # fmt: skip
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.search.facts
 
     @staticmethod
     def prepared(
@@ -213,16 +214,16 @@ class _Work:
         if self.problem.limits and self.problem.feasible(self.problem.start):
             self.facts["note"] = "the budget holds as it is"
             if self.context.budget.metric_drop is None:
-                return self._point(self.problem.start, 0.0, "as it is")
-        surrogate = self._estimated()
+                return self.search.point(self.problem.start, 0.0, "as it is")
+        surrogate = self.search.estimated()
         if not self.problem.limits:
             return self._within_metric(surrogate)
-        front = self._solved(surrogate)
+        front = self.search.solved(surrogate)
         self.facts["front"] = self._told(front)
         if not len(front):
             raise GraphoptError(f"{self.options.name}: no candidate within the budget gives finite outputs")
         ordered = sorted(front, key=lambda each: each.loss)
-        self._correlate(surrogate, front)
+        self.search.correlate(surrogate, front)
         return self._best_by_metric(ordered)
 
     def _described(self, resource: str, value: float) -> str:
@@ -231,79 +232,6 @@ class _Work:
             if of == resource and (name == "average_bits") == (resource == "bits"):
                 return f"budget.{name} {value / whole['parameters' if resource == 'bits' else resource]:.4g}"
         return f"{resource} {value:.6g}"
-
-    def _solved(self, surrogate: Surrogate) -> Front:
-        options, problem, evaluator = self.options, self.problem, self.evaluator
-        losses = surrogate.losses
-        if options.solver == "random":
-            return random_search(evaluator, options.evaluations, self.context.seed)
-        if options.solver == "greedy":
-            return self._judged({greedy(problem, losses): "greedy"})
-        if options.solver == "bisection":
-            return self._judged({self._first_that_holds(losses): "bisection"})
-        with self.context.progress.stage("integer program"):
-            seeds = {integer_program(problem, losses): "integer program"}
-            if surrogate.singles:
-                paired = integer_program(problem, losses, surrogate.pairs(options.pairs))
-                seeds.setdefault(paired, "integer program with pairs")
-                rng = np.random.default_rng(self.context.seed)
-                seeds.setdefault(surrogate.descended(problem, paired, rng), "descent on the model")
-        front = self._judged(seeds)
-        if options.solver == "evolution":
-            found = Evolution(options.evaluations, seed=self.context.seed)
-            front.update(found.search(evaluator, list(seeds), losses, surrogate if surrogate.singles else None))
-        return front
-
-    def _judged(self, proposed: dict[Assignment, str]) -> Front:
-        front = Front()
-        for (each, origin), loss in zip(proposed.items(), self.evaluator.losses(proposed), strict=True):
-            if math.isfinite(loss):
-                front.add(self._point(each, loss, origin))
-        return front
-
-    def _point(self, assignment: Assignment, loss: float, origin: str) -> Point:
-        return Point(assignment, loss, self.problem.costs(assignment), origin)
-
-    def _first_that_holds(self, losses: Any) -> Assignment:
-        """Return the first step, in the order of loss for what is saved, after which the budget holds."""
-        resource = next(iter(self.problem.limits))
-        steps = sorted_steps(self.problem, losses, resource)
-        count = bisect(lambda n: not self.problem.feasible(taken(self.problem, steps, n)), len(steps))
-        if count == len(steps):
-            reached = self.problem.reach(self._described)
-            raise Infeasible(f"bisection does not reach the budget: {reached}; use evolution")
-        return taken(self.problem, steps, count + 1)
-
-    # Estimates ----------------------------------------------------------------------------------------------------
-
-    def _estimated(self) -> Surrogate:
-        """Try every unit alone at every level, and report how well other estimates follow that."""
-        problem, options = self.problem, self.options
-        singles = singles_of(problem)
-        pieces = range(min(options.alone, self.evaluator.pieces))
-        with self.context.progress.stage("try units alone"):
-            measured = dict(zip(singles, self.evaluator.losses(singles.values(), pieces), strict=True))
-        estimates = {name: self._by_weights(name) for name in dict.fromkeys([*options.compare, options.estimate])}
-        estimates = {name: found for name, found in estimates.items() if found}
-        self.facts["correlations"] = {
-            name: _rounded(correlation([found[key] for key in found], [measured[key] for key in found]))
-            for name, found in estimates.items()
-        }
-        losses = losses_of(problem, measured)
-        if options.estimate in estimates:
-            # What changes more than weights has no such estimate: there the measured loss stands.
-            losses = losses_of(problem, measured | estimates[options.estimate])
-        self.facts["losses"] = {
-            unit.name: {level.name: float(f"{loss:.4g}") for level, loss in zip(unit.levels, each, strict=True)}
-            for unit, each in zip(problem.units, losses, strict=True)
-        }
-        if options.estimate != "interaction":
-            return Surrogate(losses, {}, np.zeros((0, 0)))
-        finite = [key for key in singles if math.isfinite(measured[key])]
-        strongest = sorted(finite, key=lambda key: -measured[key])[:_EFFECTS]
-        with self.context.progress.stage("compare effects"):
-            products = self.evaluator.effects([singles[key] for key in strongest], pieces)
-        return Surrogate(losses, {key: at for at, key in enumerate(strongest)}, products)
 
     def _by_weights(self, estimate: str) -> dict[tuple[int, int], float]:
         """Return an estimate for the levels that change nothing but weights."""
@@ -322,17 +250,6 @@ class _Work:
             few = self.batches[: self.options.alone]
             by = curvature.hessian if estimate == "hessian" else curvature.fisher
             return by(self.program, changes, few, self.context.loss, self.context.seed)
-
-    def _correlate(self, surrogate: Surrogate, front: Front) -> None:
-        """Report how well models of whole candidates follow their true losses."""
-        points = [each for each in front if not each.estimated]
-        true = [each.loss for each in points]
-        alone = dataclasses.replace(surrogate, singles={})
-        models = {"sum of single losses": alone} | ({"with pairs": surrogate} if surrogate.singles else {})
-        self.facts["correlations"] |= {
-            name: _rounded(correlation([model(each.assignment) for each in points], true))
-            for name, model in models.items()
-        }
 
     # The metric ---------------------------------------------------------------------------------------------------
 
@@ -375,17 +292,13 @@ class _Work:
         """Return what saves most while the metric holds, by bisection over the steps."""
         wanted = self._wanted()
         assert wanted is not None
-        steps = sorted_steps(self.problem, surrogate.losses, "size_bytes")
-
-        def holds(count: int) -> bool:
-            (metric,) = self.evaluator.metric([taken(self.problem, steps, count)])
+        def holds(assignment: Assignment) -> bool:
+            (metric,) = self.evaluator.metric([assignment])
             return metric >= wanted
 
-        with self.context.progress.stage("bisect by the metric"):
-            count = bisect(holds, len(steps))
-        made = taken(self.problem, steps, max(count, 0))
-        (loss,), (metric,) = self.evaluator.losses([made]), self.evaluator.metric([made])
-        return dataclasses.replace(self._point(made, loss, f"bisection, {count} of {len(steps)} steps"), metric=metric)
+        point = self.search.by_bisection(surrogate, holds, "size_bytes")
+        (metric,) = self.evaluator.metric([point.assignment])
+        return dataclasses.replace(point, metric=metric)
 
     # What is told -------------------------------------------------------------------------------------------------
 
@@ -404,7 +317,7 @@ class _Work:
             else:
                 alone = self.facts.get("losses", {}).get(unit, {}).get(level)
                 changes.touched.append(Site(unit, level + ("" if alone is None else f", alone it loses {alone:.3g}")))
-        self.facts |= {
+        self.search.facts |= {
             "levels": names, "loss": chosen.loss, "origin": chosen.origin, "costs": chosen.costs,
             "evaluated": self.evaluator.evaluated / max(self.evaluator.pieces, 1), "metrics": self.evaluator.metrics,
         }  # fmt: skip
@@ -414,9 +327,3 @@ class _Work:
             self.facts["lost"] = list(dict.fromkeys(self.evaluator.lost))
         return changes
 
-
-def _rounded(found: tuple[float, float]) -> dict[str, float | None]:
-    return {
-        name: None if math.isnan(value) else round(value, 4)
-        for name, value in zip(("rank", "logarithm"), found, strict=True)
-    }
