@@ -189,7 +189,7 @@ class Assembler:
     """Puts candidates together; a program it returns is good until the next one is asked for."""
 
     def __init__(self, program: Program, choices: Choices, store: Store) -> None:
-        self._program, self._choices, self._store = program, choices, store
+        self._program, self._choices, self.store = program, choices, store
         self._structure: tuple[Any, ...] = ()
         self._made: Program | None = None
         self._weights = program.weights
@@ -209,7 +209,7 @@ class Assembler:
         new: dict[str, Tensor] = {}
         for each in levels:
             for unit, level in each.items():
-                new |= self._store.get(unit, level)
+                new |= self.store.get(unit, level)
         there = self._made.weights.keys()
         for name in (self._swapped | new.keys()) & there:
             assign_weight(self._made.graph_module, name, new.get(name, self._weights[name]))

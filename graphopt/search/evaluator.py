@@ -98,6 +98,10 @@ class Evaluator:
     def pieces(self) -> int:
         return self.candidates.pieces
 
+    @functools.cached_property
+    def _work(self) -> _Timed:
+        return _Timed(self.candidates)
+
     def losses(
         self, assignments: Iterable[Assignment], pieces: Sequence[int] | None = None, bound: float = math.inf
     ) -> list[float]:
@@ -122,7 +126,7 @@ class Evaluator:
 
     def _took_losses(self, task: LossTask, result: Any) -> None:
         found = [math.inf] * len(task.pieces) if isinstance(result, Lost) else result
-        found = [each if each >= 0 else math.inf for each in found]  # NaN is no loss
+        found = [math.inf if math.isnan(each) else max(each, 0.0) for each in found]
         self._losses[task.assignment] |= dict(zip(task.pieces, found, strict=False))
         self.evaluated += len(found)
 
@@ -172,7 +176,7 @@ class Evaluator:
         started = time.perf_counter()
         try:
             with self.progress.stage("evaluate", len(left)) as stage:
-                for index, result in self.pool.run(_Timed(self.candidates), [tasks[at] for at in left]):
+                for index, result in self.pool.run(self._work, [tasks[at] for at in left]):
                     key, task = keys[left[index]], tasks[left[index]]
                     if isinstance(result, Lost):
                         self.lost.append(f"a candidate could not be evaluated: {result.reason}")
@@ -189,25 +193,31 @@ class Evaluator:
         return f"evaluated {hashlib.sha256(text.encode()).hexdigest()[:40]}"
 
 
-@dataclass(frozen=True)
 class _Timed:
-    """Work that says how long each task took."""
+    """Work that says how long each task took; loaded once in this process, too."""
 
-    work: Work
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._loaded: Callable[[Any], tuple[Any, float]] | None = None
 
     @property
     def key(self) -> str:
         return self.work.key
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"work": self.work, "_loaded": None}
+
     def load(self) -> Callable[[Any], tuple[Any, float]]:
-        call = self.work.load()
+        if self._loaded is None:
+            call = self.work.load()
 
-        def timed(task: Any) -> tuple[Any, float]:
-            started = time.perf_counter()
-            result = call(task)
-            return result, time.perf_counter() - started
+            def timed(task: Any) -> tuple[Any, float]:
+                started = time.perf_counter()
+                result = call(task)
+                return result, time.perf_counter() - started
 
-        return timed
+            self._loaded = timed
+        return self._loaded
 
 
 def check_metric(value: Any, what: str) -> float:

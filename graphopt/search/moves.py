@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from graphopt.search.problem import Assignment, Losses, Problem
+
+_ROUNDING = 1e-12
+Costs = tuple[float, ...]  # of each limited resource, relative to its limit
 
 
 class Moves:
@@ -20,20 +21,31 @@ class Moves:
 
     def __init__(self, problem: Problem, losses: Losses | None = None) -> None:
         self._problem = problem
-        self._allowed = [
-            [level for level in range(len(unit.levels)) if losses is None or np.isfinite(losses[index][level])]
-            for index, unit in enumerate(problem.units)
-        ]
         tied = {tie.part: tie.level for tie in problem.ties}
         # A level that follows from another unit's is not chosen here.
-        self._free = [[level for level in each if level != tied.get(at)] for at, each in enumerate(self._allowed)]
+        self._free = [
+            [
+                level for level in range(len(unit.levels))
+                if level != tied.get(at) and (losses is None or np.isfinite(losses[at][level]))
+            ]
+            for at, unit in enumerate(problem.units)
+        ]  # fmt: skip
         self._choosable = [at for at, each in enumerate(self._free) if len(each) > 1]
-        self._names = tuple(problem.limits)
-        limits = np.array([problem.limits[name] - problem.fixed.get(name, 0.0) for name in self._names])
-        scale = np.array([max(abs(problem.limits[name]), 1e-300) for name in self._names])
-        spent = np.array([problem.spent[name] for name in self._names]).reshape(len(self._names), -1).T / scale
-        self._costs = [spent[first:end] for first, end in itertools.pairwise(problem.offsets)]
-        self._limits = limits / scale
+        scale = {name: max(abs(limit), 1e-300) for name, limit in problem.limits.items()}
+        self._limits = [(problem.limits[name] - problem.fixed.get(name, 0.0)) / scale[name] for name in scale]
+        self._costs: list[list[Costs]] = [
+            [tuple(level.costs.get(name, 0.0) / scale[name] for name in scale) for level in unit.levels]
+            for unit in problem.units
+        ]
+        self._near = [self._by_distance(at) for at in range(len(problem.units))]
+
+    def _by_distance(self, unit: int) -> dict[int, list[int]]:
+        """Return for each level of a unit the others that may be chosen, the nearest in cost first."""
+        costs = [sum(each) for each in self._costs[unit]]
+        return {
+            level: sorted(set(self._free[unit]) - {level}, key=lambda other: (abs(costs[other] - costs[level]), other))
+            for level in self._free[unit]
+        }
 
     def switched(self, assignment: Assignment, count: int, rng: np.random.Generator) -> Assignment | None:
         """Return an assignment with `count` units at other levels and as many more as the limits then ask for.
@@ -43,9 +55,10 @@ class Moves:
         if not self._choosable:
             return None
         made = list(assignment)
-        for _ in range(count):
-            unit = int(rng.choice(self._choosable))
-            made[unit] = int(rng.choice([level for level in self._free[unit] if level != made[unit]]))
+        for unit in rng.integers(len(self._choosable), size=count).tolist():
+            at = self._choosable[unit]
+            others = [level for level in self._free[at] if level != made[at]]
+            made[at] = others[int(rng.integers(len(others)))]
         changed = [at for at, was in enumerate(assignment) if was != made[at]]
         repaired = self.repaired(self._problem.settled(made), rng, changed)
         if repaired is None:
@@ -54,21 +67,26 @@ class Moves:
         return None if filled == assignment else filled
 
     def repaired(self, assignment: Assignment, rng: np.random.Generator, keep: Sequence[int] = ()) -> Assignment | None:
-        """Return the assignment with random units at cheaper levels until the limits hold; `keep` is changed last."""
-        made = list(assignment)
-        total = self._total(made)
-        order = [*rng.permutation([at for at in self._choosable if at not in keep]), *rng.permutation(list(keep))]
+        """Return the assignment with random units at cheaper levels until the limits hold; `keep` is changed last.
+
+        None where that is not found.
+        """
+        made, total = list(assignment), self._total(assignment)
+        order: list[int] = []
         # What one limit makes cheaper another may make dearer again: after so many steps there is no use.
         for _ in range(sum(len(each) for each in self._free) + 1):
-            over = total > self._limits + 1e-12
-            if not np.any(over):
+            over = [at for at, limit in enumerate(self._limits) if self._is_over(total[at], limit)]
+            if not over:
                 break
-            for unit in map(int, order):
-                if cheaper := self._steps(made, unit, over):
-                    total = total - self._costs[unit][made[unit]]
-                    made[unit] = cheaper[0]
-                    total = total + self._costs[unit][made[unit]]
-                    order = [*[each for each in order if each != unit], unit]  # others come first from now on
+            if not order:
+                others = [at for at in self._choosable if at not in keep]
+                order = [*keep, *(others[at] for at in rng.permutation(len(others)).tolist())]
+            for at in range(len(order) - 1, -1, -1):
+                unit = order[at]
+                if (level := self._cheaper(made, unit, over)) is not None:
+                    total = self._moved(total, unit, made[unit], level)
+                    made[unit] = level
+                    order.insert(0, order.pop(at))  # others come first from now on
                     break
             else:
                 return None
@@ -77,34 +95,37 @@ class Moves:
 
     def filled(self, assignment: Assignment, rng: np.random.Generator) -> Assignment:
         """Return the assignment with random units at the next dearer level as long as the limits hold."""
-        made = list(assignment)
-        total = self._total(made)
-        for unit in map(int, rng.permutation(self._choosable)) if self._names else ():
-            if self._is_tied(made, unit):
-                continue
-            for level in self._steps(made, unit):
-                after = total - self._costs[unit][made[unit]] + self._costs[unit][level]
-                if np.all(after <= self._limits + 1e-12):
-                    made[unit], total = level, after
-                break
+        if not self._limits:
+            return assignment
+        made, total = list(assignment), self._total(assignment)
+        for unit in rng.permutation(len(self._choosable)).tolist():
+            unit = self._choosable[unit]
+            for level in self._near[unit].get(made[unit], ()):
+                now, then = self._costs[unit][made[unit]], self._costs[unit][level]
+                if now != then and all(a <= b for a, b in zip(now, then, strict=True)):
+                    after = self._moved(total, unit, made[unit], level)
+                    if not any(map(self._is_over, after, self._limits)):
+                        made[unit], total = level, after
+                    break
         settled = self._problem.settled(made)
         return settled if self._problem.feasible(settled) else assignment
 
-    def _is_tied(self, made: Sequence[int], unit: int) -> bool:
-        return made[unit] not in self._free[unit]
+    def _cheaper(self, made: Sequence[int], unit: int, over: Sequence[int]) -> int | None:
+        """Return the nearest level that saves of what is over its limit."""
+        costs = self._costs[unit]
+        now = costs[made[unit]]
+        for level in self._near[unit].get(made[unit], ()):
+            if any(costs[level][resource] < now[resource] for resource in over):
+                return level
+        return None
 
-    def _total(self, made: Sequence[int]) -> NDArray[np.float64]:
-        total: NDArray[np.float64] = np.sum([each[at] for each, at in zip(self._costs, made, strict=True)], axis=0)
-        return total
+    def _total(self, made: Sequence[int]) -> list[float]:
+        chosen = [each[level] for each, level in zip(self._costs, made, strict=True)]
+        return [sum(each[at] for each in chosen) for at in range(len(self._limits))]
 
-    def _steps(self, made: Sequence[int], unit: int, over: NDArray[np.bool_] | None = None) -> list[int]:
-        """Return the levels that save of what is `over` its limit, or all dearer ones; the nearest in cost first."""
-        if self._is_tied(made, unit):
-            return []
-        now = self._costs[unit][made[unit]]
-        saved = {level: now - self._costs[unit][level] for level in self._free[unit] if level != made[unit]}
-        if over is None:
-            found = [level for level, each in saved.items() if np.all(each <= 0) and np.any(each < 0)]
-        else:
-            found = [level for level, each in saved.items() if np.any(each[over] > 0)]
-        return sorted(found, key=lambda level: abs(float(saved[level].sum())))
+    def _moved(self, total: Sequence[float], unit: int, before: int, after: int) -> list[float]:
+        return [t - b + a for t, b, a in zip(total, self._costs[unit][before], self._costs[unit][after], strict=True)]
+
+    @staticmethod
+    def _is_over(spent: float, limit: float) -> bool:
+        return spent > limit + _ROUNDING

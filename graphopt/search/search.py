@@ -103,8 +103,7 @@ class Search:
             if surrogate.singles:
                 paired = integer_program(problem, losses, surrogate.pairs(self.pairs))
                 seeds.setdefault(paired, "integer program with pairs")
-                rng = np.random.default_rng(self.seed)
-                seeds.setdefault(surrogate.descended(problem, paired, rng), "descent on the model")
+                seeds.setdefault(surrogate.descended(problem, paired), "descent on the model")
         front = self._judged(seeds)
         if self.solver == "evolution":
             found = Evolution(self.evaluations, seed=self.seed)

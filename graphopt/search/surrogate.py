@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.search.integer import Pairs
-from graphopt.search.moves import Moves
 from graphopt.search.problem import Assignment, Losses, Problem, additive
 
 
@@ -62,14 +61,56 @@ class Surrogate:
         strongest = sorted(terms, key=lambda pair: -float(np.abs(terms[pair]).max()))[:count]
         return {pair: terms[pair] for pair in strongest}
 
-    def descended(self, problem: Problem, start: Assignment, rng: np.random.Generator, tries: int = 4000) -> Assignment:
-        """Return what random moves that the model likes lead to, `tries` of them."""
-        moves, best, least = Moves(problem, self.losses), start, self(start)
-        for _ in range(tries):
-            child = moves.switched(best, int(rng.integers(1, 3)), rng)
-            if child is not None and (loss := self(child)) < least:
-                best, least = child, loss
-        return best
+    def descended(self, problem: Problem, start: Assignment, rounds: int = 1000) -> Assignment:
+        """Return where exchanges lead to: of one or two units' levels, each time what the model likes best.
+
+        All hold the limits. Units that a tie binds stay as they are.
+        """
+        bound = {tie.part for tie in problem.ties} | {tie.whole for tie in problem.ties}
+        options = [
+            (unit, level)
+            for unit, each in enumerate(problem.units)
+            for level in range(len(each.levels))
+            if unit not in bound and math.isfinite(self.losses[unit][level])
+        ]
+        if not options:
+            return start
+        units = np.array([unit for unit, _ in options])
+        alone = np.array([self.losses[unit][level] for unit, level in options])
+        rows = np.array([self.singles.get(option, -1) for option in options])
+        products = np.pad(self.products, (0, 1))[np.ix_(rows, rows)]  # the row of what has no effect is the last
+        index = {option: at for at, option in enumerate(options)}
+        scale = {name: max(abs(limit), 1e-300) for name, limit in problem.limits.items()}
+        costs = [
+            np.array([problem.units[unit].levels[level].costs.get(name, 0.0) for unit, level in options]) / scale[name]
+            for name in problem.limits
+        ]
+        made = list(start)
+        free = sorted(set(units.tolist()))
+        place = np.array([free.index(unit) for unit in units])
+        for _ in range(rounds):
+            now = np.array([index[unit, made[unit]] for unit in free])
+            own = now[place]  # of each option, the one its unit is at
+            total = products[:, now].sum(1)
+            others = total - products[np.arange(len(options)), own]  # what all other units add to an option
+            single = alone - alone[own] + 2 * (others - others[own])
+            cross = products - products[:, own] - products[own] + products[np.ix_(own, own)]
+            change = single[:, None] + single[None] + 2 * cross
+            change[units[:, None] == units[None]] = np.inf
+            np.fill_diagonal(change, single)
+            for each, (name, limit) in zip(costs, problem.limits.items(), strict=True):
+                more = each - each[own]
+                both = more[:, None] + more[None]
+                np.fill_diagonal(both, more)
+                left = (limit - problem.costs(tuple(made))[name]) / scale[name]
+                change[both > left + 1e-12] = np.inf
+            best = np.unravel_index(int(np.argmin(change)), change.shape)
+            if not change[best] < -1e-12 * max(abs(self(tuple(made))), 1e-300):
+                break
+            for at in best:
+                unit, level = options[int(at)]
+                made[unit] = level
+        return tuple(made)
 
 
 def singles_of(problem: Problem) -> dict[tuple[int, int], Assignment]:

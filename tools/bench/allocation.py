@@ -3,13 +3,12 @@
 
     tools/bench/allocation.py --list
     tools/bench/allocation.py                                       every row; an hour
-    tools/bench/allocation.py --task digits_cnn --method evolution  some of them
+    tools/bench/allocation.py --setting NAME --method EvoPress      some of them
     tools/bench/allocation.py --docs docs/allocation.md             write the tables of what was measured last
 
 Every row chooses among the same levels, computed once, at what a uniform level costs; candidates are put together from
 them and judged on held-out data by their divergence from the original. `evaluations` counts candidates judged on all of
-the calibration data, trying units alone included. The rows "by the passes" are what a user gets: the passes do what was
-chosen on all the data.
+the calibration data, trying units alone included.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from rows import measure_row
 RESULTS = ROOT / "runs" / "bench" / "allocation.jsonl"
 IMAGES = ("digits_cnn", "digits_depthwise", "digits_vit")
 _SAMPLES, _EVALUATIONS = 32, 50
+_TOTAL = 150  # evaluations of EvoPress: no less than the others take, units tried alone included
 
 
 @dataclass(frozen=True)
@@ -37,69 +37,183 @@ class Setting:
     """A table: what may be chosen on a task, and which uniform level says how much it may cost.
 
     Attributes:
-        choices: passes that offer levels. resource: what is bounded. uniform: levels to compare with, the first bounds.
+        choices: passes that offer levels. resource: what is bounded. uniform: the level to compare with, the best that
+            everything can be at. times: what it costs, times this, is the bound.
     """
 
     name: str
     task: str
     choices: tuple[str, ...]
     resource: str
-    uniform: tuple[str, ...]
+    uniform: str
+    times: float = 1.0
 
 
 _LANGUAGE = "quantize_weights(levels=['int8', 'int6', 'int4', 'int3', 'int2'])"
 _MIXED = "quantize_weights(levels=['int8', 'int4'])"
 SETTINGS = (
-    Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", ("int3",)),
-    *(Setting(f"{task}, int4 / int8 / float", task, (_MIXED,), "size_bytes", ("int4",)) for task in IMAGES),
+    Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3"),
+    *(Setting(f"{task}, 1.5 times the bytes of int4", task, (_MIXED,), "size_bytes", "int4", 1.5) for task in IMAGES),
 )
-METHODS = (
-    "uniform", "random", "sqnr, greedy", "fisher, greedy", "hessian, greedy", "hessian, integer program",
-    "single losses, integer program", "pairs, integer program", "evolution", "EvoPress",
-)  # fmt: skip
+METHODS = {  # name: solver, estimate
+    "uniform": None,
+    "random": ("random", "divergence"),
+    "sqnr, integer program": ("integer", "sqnr"),
+    "fisher, integer program": ("integer", "fisher"),
+    "hessian, greedy": ("greedy", "hessian"),
+    "hessian, integer program": ("integer", "hessian"),
+    "measured losses, integer program": ("integer", "divergence"),
+    "with pairs, integer program": ("integer", "interaction"),
+    "with pairs, evolution": ("evolution", "interaction"),
+    "EvoPress": None,
+}
 
 
 def measure(setting: Setting, methods: list[str]) -> list[dict[str, Any]]:
-    """Return the figures of each method; runs in a process of its own."""
+    """Return the figures of each method, cheapest uniform first; runs in a process of its own."""
     import torch
     from tasks import TASKS
 
     import graphopt
     from graphopt.analysis import resources
     from graphopt.calibration import Batches
-    from graphopt.passes.allocate.allocate import Allocate
+    from graphopt.calibration.judge import Judge
     from graphopt.pipeline import Context, builtin, parse_pass
     from graphopt.pipeline import target as target_by_name
-    from graphopt.search import Store, StoredCandidates, gathered
+    from graphopt.search import Assembler, Store, StoredCandidates, gathered
 
     material = TASKS[setting.task].make()
     exact = [*builtin("exact").passes, parse_pass("retype_floats")]
     program = graphopt.optimize(material.model, material.example_inputs, recipe=exact).program
-    context = Context(target_by_name("onnxruntime-cpu"), Batches(material.calibration, program))
-    context.original = program
+    context = Context(target_by_name("onnxruntime-cpu"), Batches(material.calibration, program), original=program)
     with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as name:
-        folder = Path(name)
+        folder, started = Path(name), time.perf_counter()
         with torch.no_grad():
-            started = time.perf_counter()
             passes = [parse_pass(each) for each in setting.choices]
             choices = gathered(passes, program, context, Store(folder), resources(program))
-            levels_seconds = time.perf_counter() - started
-        problem = choices.problem
-        costs = problem.costs(problem.uniform(setting.uniform[0]))
-        problem = dataclasses.replace(problem, limits={setting.resource: costs[setting.resource]})
-        few, heldout = (StoredCandidates.keep(
-            _made(folder / kind), "", program, program, choices, batches, 0, None, levels=folder
-        ) for kind, batches in (
-            ("few", context.needed_calibration("").first(_SAMPLES)),
-            ("heldout", Batches(material.heldout, program).first(10**6)),
-        ))  # fmt: skip
-        judge = heldout.load()
-        return [
-            {"method": method, "levels_seconds": levels_seconds, **_row(method, setting, problem, few, judge, context)}
-            for method in methods
-        ]
+        seconds = time.perf_counter() - started
+        limit = setting.times * choices.problem.costs(choices.problem.uniform(setting.uniform))[setting.resource]
+        problem = dataclasses.replace(choices.problem, limits={setting.resource: limit})
+        few = context.needed_calibration("").first(_SAMPLES)
+        kept = StoredCandidates.keep(folder, "", program, program, choices, few, 0, None)
+        assembler = Assembler(program, choices, Store(folder))
+        judge = Judge(program, Batches(material.heldout, program), 10**6)
+        rows = []
+        for method in methods:
+            figures = {"levels_seconds": seconds, **_chosen(setting, method, problem, kept, program, assembler)}
+            made = assembler(tuple(figures["assignment"]))
+            figures |= {"heldout": judge(made), "ratio": limit / problem.costs(problem.start)[setting.resource]}
+            rows.append({"method": method, **figures})
+    return rows
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any, assembler: Any) -> dict[str, Any]:
+    from evopress import evolve
+
+    from graphopt.search import Evaluator, Search, curvature, singles_of
+
+    store = assembler.store
+    evaluator = Evaluator(problem, kept)
+
+    def others(estimate: str) -> dict[tuple[int, int], float]:
+        if estimate not in ("hessian", "fisher", "sqnr"):
+            return {}
+        names = {key: (problem.units[key[0]], key[1]) for key in singles_of(problem)}
+        changes = {key: store.get(unit.name, unit.levels[level].name) for key, (unit, level) in names.items()}
+        if estimate == "sqnr":
+            return curvature.sqnr(program, changes)
+        by = curvature.hessian if estimate == "hessian" else curvature.fisher
+        return by(program, changes, _batches(kept)[:8], None, 0)
+
+    started = time.perf_counter()
+    if method == "uniform":
+        best, facts = problem.uniform(setting.uniform), {}
+    elif method == "EvoPress":
+        start = problem.uniform(setting.uniform)
+        best, facts = evolve(evaluator, start, _TOTAL, setting.resource, 0), {}
+    else:
+        solver, estimate = METHODS[method]  # type: ignore[misc]
+        search = Search(evaluator, solver, estimate, others, _EVALUATIONS, compare=("sqnr", "fisher", "hessian"))
+        model = search.estimated()
+        front = search.solved(model)
+        search.correlate(model, front)
+        best, facts = min(front, key=lambda each: each.loss).assignment, search.facts["correlations"]
+    seconds = time.perf_counter() - started
+    (loss,) = evaluator.losses([best])
+    return {
+        "assignment": list(best), "loss": loss, "seconds": seconds,
+        "evaluations": evaluator.evaluated / evaluator.pieces, "correlations": facts, "costs": problem.costs(best), "overhead": 1 - evaluator.busy / max(seconds, 1e-9),
+    }  # fmt: skip
+
+
+def _batches(kept: Any) -> Any:
+    import torch
+
+    return torch.load(kept.folder / "data.pt", weights_only=True)["batches"]
+
+
+def run(names: list[str], methods: list[str]) -> None:
+    """Measure settings one after the other, each in a process of its own; rows are written when a setting is done."""
+    for name in names:
+        measure_row(__file__, RESULTS, [name, methods], task=name)
+
+
+def tables() -> str:
+    """Return the tables of the newest record of each setting."""
+    newest = {record["task"]: record for record in records.read(RESULTS)}
+    text = [
+        "# Levels chosen under a budget", "",
+        "Written by `tools/bench/allocation.py --docs`. All rows of a table choose among the same levels, computed",
+        "once, under the same bound. Loss is the divergence from the original on the calibration data that a search",
+        "sees, and on held-out data; evaluations count candidates judged on all of the former.",
+    ]  # fmt: skip
+    for setting in SETTINGS:
+        record = newest.get(setting.name)
+        if record is None:
+            continue
+        text += ["", f"## {setting.name}", ""]
+        if "figures" not in record:
+            text.append(record["error"][0])
+            continue
+        rows = record["figures"]
+        uniform = next(row for row in rows if row["method"] == "uniform")
+        text += ["| method | loss | held out | over uniform | evaluations | seconds |"]
+        text += ["|---|---:|---:|---:|---:|---:|"]
+        for row in rows:
+            ratio = row["heldout"] / uniform["heldout"]
+            cells = [row["method"], f"{row['loss']:.3g}", f"{row['heldout']:.3g}", f"{ratio:.2f}"]
+            text.append("| " + " | ".join([*cells, f"{row['evaluations']:.0f}", f"{row['seconds']:.0f}"]) + " |")
+        text += ["", f"Levels took {uniform['levels_seconds']:.0f} s. {record['date']}, commit {record['commit']}."]
+        told = next((row["correlations"] for row in rows if row["method"] == "with pairs, evolution"), None)
+        if told:
+            text += ["", "How estimates follow the true losses (rank correlation, that of logarithms): " + "; ".join(
+                f"{name} {each['rank']}, {each['logarithm']}" for name, each in told.items()
+            ) + "."]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    known = [setting.name for setting in SETTINGS]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="name settings and methods and leave")
+    parser.add_argument("--setting", nargs="+", choices=known, default=known)
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="uniform comes along")
+    parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        name, methods = json.loads(given.child)
+        setting = next(each for each in SETTINGS if each.name == name)
+        print(json.dumps(measure(setting, methods)))
+    elif given.list:
+        print("\n".join([*known, "", *METHODS]))
+    elif given.docs:
+        if not RESULTS.exists():
+            parser.error(f"nothing was measured yet: {RESULTS} is not there; run without --docs first")
+        given.docs.write_text(tables())
+    else:
+        run(given.setting, list(dict.fromkeys(["uniform", *given.method])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
 """The algorithm of "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", to compare with.
 
-Written after the paper's Algorithm 1 and its appendix on quantization, over an evaluator of graphopt, so that both judge
-the same candidates on the same data:
+Written after the paper's Algorithm 1 and its appendix on quantization, over an evaluator of graphopt, so that both
+judge the same candidates on the same data:
 
-- the search begins with the uniform assignment, which holds the budget exactly;
-- an offspring switches levels: of two units of one size, one takes the next level up, the other the next one down, min of
-  two draws from 1 to 3 times, so that what is spent stays;
+- the search begins with the uniform assignment, some units raised at random where that leaves something of the budget;
+- an offspring switches levels: of two units of one size, one takes the next level up, the other the next one down, min
+  of two draws from 1 to 3 times, so that what is spent stays;
 - selection has stages, each on more data, drawn anew; the parent takes part in the last one;
 - fitness is the divergence from the original.
 """
@@ -16,7 +16,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from graphopt.search import Assignment, Evaluator
+from graphopt.search import Assignment, Evaluator, Moves
 
 OFFSPRING = 32
 STAGES = ((8, 1 / 16), (2, 1 / 4), (1, 1.0))  # survivors, share of the data
@@ -46,7 +46,7 @@ def evolve(evaluator: Evaluator, start: Assignment, evaluations: int, resource: 
                 child[up], child[down] = order[up][above], order[down][below]
         return tuple(child)
 
-    parent = start
+    parent = Moves(problem).filled(start, rng)
     while evaluator.evaluated - begun < evaluations * evaluator.pieces:
         young = [offspring(parent) for _ in range(OFFSPRING)]
         young = [each for each in dict.fromkeys(young) if each != parent and problem.feasible(each)]
