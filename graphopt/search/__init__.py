@@ -4,7 +4,7 @@ from graphopt.search import curvature
 from graphopt.search.baselines import greedy, random_search
 from graphopt.search.bisection import Step, bisect, sorted_steps, taken
 from graphopt.search.choices import Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
-from graphopt.search.evaluator import Candidates, Evaluator, LossTask, MetricTask, check_metric
+from graphopt.search.evaluator import Candidates, EffectsTask, Evaluator, LossTask, MetricTask, check_metric
 from graphopt.search.evolution import Evolution
 from graphopt.search.front import Front, Point
 from graphopt.search.integer import integer_program, with_pairs
@@ -20,6 +20,7 @@ __all__ = [
     "Candidates",
     "Choices",
     "Choosing",
+    "EffectsTask",
     "Estimate",
     "Evaluator",
     "Evolution",

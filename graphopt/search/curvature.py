@@ -93,6 +93,10 @@ def _differentiable(program: Program, changes: Changes) -> tuple[Program, dict[s
         return weight.detach().clone().requires_grad_() if name in names else weight.detach()
 
     twin = program.map_weights(own)
+    for node in twin.graph.nodes:
+        if node.target is torch.ops.aten.view.default:  # attention that can be differentiated twice has other strides
+            node.target = torch.ops.aten.reshape.default
+    twin.graph_module.recompile()
     return twin, {name: weight for name, weight in twin.weights.items() if name in names}
 
 

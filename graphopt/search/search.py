@@ -8,6 +8,7 @@ Nothing here knows what the levels are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from graphopt.search.evaluator import Evaluator
 from graphopt.search.evolution import Evolution
 from graphopt.search.front import Front, Point
 from graphopt.search.integer import integer_program
-from graphopt.search.problem import Assignment, Problem
+from graphopt.search.problem import Assignment, Infeasible, Losses, Problem
 from graphopt.search.surrogate import Surrogate, correlation, losses_of, singles_of
 
 Estimate = Literal["divergence", "interaction", "hessian", "fisher", "sqnr"]
@@ -100,6 +101,8 @@ class Search:
             return self._judged({greedy(problem, losses): "steps until the budget holds"})
         with self.evaluator.progress.stage("integer program"):
             seeds = {integer_program(problem, losses): "integer program"}
+            if problem.ties:
+                seeds |= self._nothing_taken(losses)
             if surrogate.singles:
                 paired = integer_program(problem, losses, surrogate.pairs(self.pairs))
                 seeds.setdefault(paired, "integer program with pairs")
@@ -109,6 +112,17 @@ class Search:
             found = Evolution(self.evaluations, seed=self.seed)
             front.update(found.search(evaluator, list(seeds), losses, surrogate if surrogate.singles else None))
         return front
+
+    def _nothing_taken(self, losses: Losses) -> dict[Assignment, str]:
+        """Return the best where no level takes other units away, if any: what such levels lose is hard to add up."""
+        taking = {(tie.whole, tie.at) for tie in self.problem.ties}
+        left = [
+            [math.inf if (unit, level) in taking else loss for level, loss in enumerate(each)]
+            for unit, each in enumerate(losses)
+        ]
+        with contextlib.suppress(Infeasible):
+            return {integer_program(self.problem, left): "integer program, nothing taken away"}
+        return {}
 
     def _judged(self, proposed: dict[Assignment, str]) -> Front:
         front = Front()

@@ -55,7 +55,7 @@ SETTINGS = (
     Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3"),
     *(Setting(f"{task}, 1.5 times the bytes of int4", task, (_MIXED,), "size_bytes", "int4", 1.5) for task in IMAGES),
 )
-METHODS = {  # name: solver, estimate
+METHODS: dict[str, tuple[Any, Any] | None] = {  # name: solver, estimate
     "uniform": None,
     "random": ("random", "divergence"),
     "sqnr, integer program": ("integer", "sqnr"),
@@ -126,11 +126,12 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
         return by(program, changes, _batches(kept)[:8], None, 0)
 
     started = time.perf_counter()
+    facts: dict[str, Any] = {}
     if method == "uniform":
-        best, facts = problem.uniform(setting.uniform), {}
+        best = problem.uniform(setting.uniform)
     elif method == "EvoPress":
         start = problem.uniform(setting.uniform)
-        best, facts = evolve(evaluator, start, _TOTAL, setting.resource, 0), {}
+        best = evolve(evaluator, start, _TOTAL, setting.resource, 0)
     else:
         solver, estimate = METHODS[method]  # type: ignore[misc]
         search = Search(evaluator, solver, estimate, others, _EVALUATIONS, compare=("sqnr", "fisher", "hessian"))
@@ -142,7 +143,8 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
     (loss,) = evaluator.losses([best])
     return {
         "assignment": list(best), "loss": loss, "seconds": seconds,
-        "evaluations": evaluator.evaluated / evaluator.pieces, "correlations": facts, "costs": problem.costs(best), "overhead": 1 - evaluator.busy / max(seconds, 1e-9),
+        "evaluations": evaluator.evaluated / evaluator.pieces, "correlations": facts,
+        "costs": problem.costs(best), "overhead": 1 - evaluator.busy / max(seconds, 1e-9),
     }  # fmt: skip
 
 
