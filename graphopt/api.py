@@ -49,8 +49,8 @@ def optimize(
         model: `nn.Module`, `fx.GraphModule`, `ExportedProgram`, the path of a `.pt2`, or a captured Program, which has
             its own `example_inputs` and `dynamic_shapes`. A module in training mode is captured as it is at inference.
         example_inputs: tuple of positional or dict of keyword tensors; None where the model says what it eats.
-        recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `int8` where calibration data
-            is given, else `int8_dynamic`.
+        recipe: built-in name, path of a YAML file, Recipe or list of passes. None takes `auto` where calibration data,
+            a metric and a budget are given, `int8` where only data is, else `int8_dynamic`.
         calibration: iterable of inputs in the form of `example_inputs`; streamed, never held in memory.
         evaluate: `evaluate(module) -> float`, higher is better; called on the original and on the result.
         loss: `loss(module, batch) -> scalar`, for passes that need gradients.
@@ -70,7 +70,7 @@ def optimize(
     _check_arguments(model, example_inputs, dynamic_shapes, evaluate, loss, budget, seed)
     shown = progress or default_progress()
     profile = target if isinstance(target, Target) else target_by_name(str(target))
-    chosen, notes = choose_recipe(recipe, calibration is not None)
+    chosen, notes = choose_recipe(recipe, calibration is not None, evaluate is not None and budget is not None)
     _check_needs(chosen, {"calibration": calibration, "evaluate": evaluate, "loss": loss})
     if calibration is not None:
         check_source(calibration)
@@ -111,6 +111,7 @@ def optimize(
             notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
             result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
             result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
+            result.notes += [f"{record.key}: {step}" for record in trace for step in record.facts.get("path", ())]
             result.notes += [
                 f"{record.key} changed nothing: {site.reason}"
                 for record in trace
@@ -148,8 +149,12 @@ def _named(function: Any) -> str:
     return "" if function is None else f"{function.__module__}.{getattr(function, '__qualname__', type(function))}"
 
 
-def choose_recipe(recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool) -> tuple[Recipe, list[str]]:
-    """Return the recipe to run and sentences about the choice."""
+def choose_recipe(
+    recipe: str | Path | Recipe | Sequence[Pass] | None, calibrated: bool, bounded: bool = False
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe to run and sentences about the choice; `bounded`: there are a metric and a budget."""
+    if recipe is None and calibrated and bounded:
+        return builtin("auto"), ["recipe auto was chosen because calibration data, a metric and a budget were given"]
     if recipe is None:
         name = "int8" if calibrated else "int8_dynamic"
         why = "calibration data was given" if calibrated else "no calibration data was given"

@@ -74,10 +74,12 @@ class Profile:
     Attributes:
         latency_ms: median of runs in turns with the other programs, one thread.
         nodes: milliseconds a run of each of the program's operators, by name; what belongs to none is under "".
+        size_bytes: of the file.
     """
 
     latency_ms: float
     nodes: dict[str, float] = field(default_factory=dict)
+    size_bytes: int = 0
 
 
 @runtime_checkable

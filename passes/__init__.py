@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.passes.allocate.allocate import Allocate
+    from graphopt.passes.allocate.auto import Auto
     from graphopt.passes.canonicalize.canonicalize import Canonicalize
     from graphopt.passes.factorize.factorize import Factorize
     from graphopt.passes.fold.batch_norm import FoldBatchNorm
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AbsorbBias": "transform.absorb_bias",
     "Allocate": "allocate.allocate",
+    "Auto": "allocate.auto",
     "BestOf": "transform.best_of",
     "Canonicalize": "canonicalize.canonicalize",
     "CenterNorms": "fold.center_norms",
@@ -68,10 +70,10 @@ _MODULES = {
 }
 
 __all__ = [
-    "AbsorbBias", "Allocate", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks", "Equalize",
-    "Factorize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears", "Permute",
-    "Prune", "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic", "QuantizeWeights",
-    "Recover", "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
+    "AbsorbBias", "Allocate", "Auto", "BestOf", "Canonicalize", "CenterNorms", "ChooseSchemes", "DropBlocks",
+    "Equalize", "Factorize", "FoldBatchNorm", "FoldLayerScale", "FoldNormAffine", "FoldWeightNorm", "MergeLinears",
+    "Permute", "Prune", "QuantizeActivations", "QuantizeDynamic", "QuantizeEmbedding", "QuantizeStatic",
+    "QuantizeWeights", "Recover", "RetypeFloats", "Rotate", "Smooth", "SplitLinears", "TwoStage",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -138,7 +139,9 @@ class OnnxBackend:
             files = {label: folder / f"{index}.onnx" for index, label in enumerate(programs)}
             for label, program in programs.items():
                 self.lower(program, files[label])
-            return time_programs(programs, files, feeds_of(next(iter(programs.values()))))
+            profiles = time_programs(programs, files, feeds_of(next(iter(programs.values()))))
+            sizes = {label: _file_bytes(file) for label, file in files.items()}
+            return {label: dataclasses.replace(each, size_bytes=sizes[label]) for label, each in profiles.items()}
 
     def other_runtimes(self, named: Sequence[str]) -> list[str]:
         """Return the runtimes in `named`, once each, that are not ONNX Runtime itself, which always runs.

@@ -41,7 +41,8 @@ def run(request: Request) -> Result:
     """Optimize and write the run directory; GraphoptError says what is wrong with the request."""
     check_replaceable(request.output, MARKER, RUN_FILES)
     settings = Settings.parse(request.settings)
-    recipe, notes = choose_recipe(request.recipe, request.calibration is not None)
+    bounded = request.evaluate is not None and bool(settings.budget.bounds())
+    recipe, notes = choose_recipe(request.recipe, request.calibration is not None, bounded)
     recipe = settings.applied(recipe.keeping_float(request.keep_float))
     target = target_by_name(settings.target or DEFAULT_TARGET)
     samples = SampleFile.open(request.calibration) if request.calibration is not None else None

@@ -1,0 +1,229 @@
+"""Try one way after the other to meet the budget, each measured, from the one that changes least.
+
+    int8      activations and weights of each site as is fast and accurate here (`choose_schemes`)
+    bits      weights alone, each with the bits that it needs (`allocate`), where files are still too large
+    prune     channels, neurons and heads go, as far as the budget asks, then int8 once more; where it is allowed
+
+After each the size of the file, the latency beside that of the float model, and the metric are measured. The first
+that holds the whole budget is taken. Where none does, the one that misses it least is, and how far each went is said,
+so that one knows which bound to give up. With a run directory the best so far lies beside the journal as `best.pt2`.
+
+Lossy. Runs after the exact passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from pydantic import PositiveInt
+
+from graphopt.analysis import macs, parameter_bytes, parameters, weight_bits
+from graphopt.budget import Budget
+from graphopt.errors import GraphoptError, NotExpressible
+from graphopt.ir import Changes, Program
+from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
+from graphopt.search import check_metric
+
+_TRANSFORMED = "best_of(alternatives=[['equalize'], ['smooth'], ['smooth', 'rotate']])"
+_INT8 = (_TRANSFORMED, "quantize_embedding", "choose_schemes", "quantize_static", "quantize_dynamic")
+_GRID = "quantize_weights(grid='int4', objective='plain', rounding='nearest')"
+_SMOOTHED = f"best_of(judge={_GRID!r}, alternatives=[['smooth'], ['smooth', 'rotate']])"
+_WIDTHS = (0.25, 0.4, 0.55)  # of every space that go, where the budget does not say how much
+_NEARER = 0.97  # of the size that is asked for: a file is more than its weights
+_SMALLER = ("size_ratio", "average_bits")
+_LIGHTER = ("macs_ratio", "params_ratio")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way to meet the budget.
+
+    Attributes:
+        name: as it is told. passes: it consists of, as `str(pass)` writes them. budget: for these passes.
+    """
+
+    name: str
+    passes: tuple[str, ...]
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An attempt, what was measured of it by field of the budget, which bounds it missed, and by how much."""
+
+    attempt: Attempt
+    branch: Branch
+    measured: dict[str, float]
+    missed: list[str]
+    excess: float
+
+
+@dataclass(frozen=True)
+class Auto(Composite):
+    """Find a way to meet the budget.
+
+    Attributes:
+        prune: whether widths may go. bits: whether weights may have fewer than eight bits.
+        levels: of weights, where these may have fewer.
+        workers: processes that judge candidates.
+        evaluations: see `allocate`.
+    """
+
+    exact: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
+
+    prune: bool = True
+    bits: bool = True
+    levels: tuple[str, ...] = ("int8", "int4", "int3", "int2")
+    workers: PositiveInt = 1
+    evaluations: PositiveInt = 20
+
+    def compose(
+        self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
+    ) -> tuple[Branch | None, Changes]:
+        work = _Work(self, program, branch, context)
+        best = work.found()
+        changes = Changes(facts={"path": work.path, "measured": best.measured, "chosen": best.attempt.name})
+        return best.branch, changes
+
+
+@dataclass
+class _Work:
+    options: Auto
+    program: Program
+    branch: Callable[[Sequence[Pass], Context], Branch]
+    context: Context
+    path: list[str] = field(default_factory=list)
+    _before: float | None = None
+
+    def found(self) -> Tried:
+        """Return the first attempt that holds the budget, or that which misses it least."""
+        tried: list[Tried] = []
+        for attempt in self._attempts(tried):
+            started = time.perf_counter()
+            so_far = min(tried, key=lambda each: each.excess, default=None)
+            beside = f", best so far {so_far.attempt.name} ({_shown(so_far.measured)})" if so_far else ""
+            with self.context.progress.stage(f"try {attempt.name}{beside}"):
+                try:
+                    made = self._tried(attempt)
+                except GraphoptError as error:
+                    self.path.append(f"{attempt.name}: {error}")
+                    continue
+            tried.append(made)
+            seconds = time.perf_counter() - started
+            outcome = "; ".join(made.missed) or "the budget holds"
+            self.path.append(f"{attempt.name}: {_shown(made.measured)} after {seconds:.0f} s: {outcome}")
+            if made is min(tried, key=lambda each: each.excess):
+                self._save(made.branch.program)
+            if not made.missed:
+                return made
+        if not tried:
+            raise GraphoptError(f"auto found no way: {'; '.join(self.path)}")
+        best = min(tried, key=lambda each: each.excess)
+        reached = ", ".join(
+            f"{name} {min(each.measured[name] for each in tried if name in each.measured):.3g}"
+            for name in self.context.budget.bounds()
+            if any(name in each.measured for each in tried)
+        )
+        self.path.append(f"out of reach, the least of each alone was {reached}: {best.attempt.name} was taken")
+        return best
+
+    def _attempts(self, tried: list[Tried]) -> Iterator[Attempt]:
+        """Yield ways, by what those before it have missed."""
+        budget, options = self.context.budget, self.options
+        bounds = budget.bounds()
+        whole = Budget(metric_drop=budget.metric_drop)
+        lighter = {name: bounds[name] for name in _LIGHTER if name in bounds}
+        if not lighter:
+            yield Attempt("int8", _INT8, whole)
+        if options.bits and not lighter and self._misses(tried, _SMALLER):
+            yield self._by_bits("bits", (), {name: bounds[name] for name in _SMALLER if name in bounds})
+        if not options.prune:
+            return
+        if lighter:
+            yield Attempt("prune", ("prune",), Budget(**lighter))
+            yield Attempt("prune, then int8", ("prune", *_INT8), Budget(**lighter, metric_drop=budget.metric_drop))
+        elif bounds.keys() - {"metric_drop"}:
+            for ratio in _WIDTHS:
+                yield Attempt(f"prune {ratio:.0%}, then int8", (f"prune(ratio={ratio})", *_INT8), whole)
+                if tried and tried[-1].measured.get("metric_drop", 0.0) > bounds.get("metric_drop", math.inf):
+                    return  # more harms more
+
+    def _by_bits(self, name: str, first: tuple[str, ...], bounds: dict[str, float]) -> Attempt:
+        options = self.options
+        levels = f"quantize_weights(levels={list(options.levels)!r}, objective='fisher')"
+        allocate = (
+            f"allocate(choices=[{levels!r}], evaluations={options.evaluations}, workers={options.workers})"
+        )
+        near = {each: value * (_NEARER if each == "size_ratio" else 1) for each, value in bounds.items()}
+        return Attempt(name, (*first, _SMOOTHED, allocate), Budget(**near, metric_drop=self.context.budget.metric_drop))
+
+    def _misses(self, tried: list[Tried], names: Sequence[str]) -> bool:
+        bounds = self.context.budget.bounds()
+        return any(
+            name in bounds and all(not each.measured.get(name, math.inf) <= bounds[name] for each in tried)
+            for name in names
+        )
+
+    def _tried(self, attempt: Attempt) -> Tried:
+        context = dataclasses.replace(self.context, budget=attempt.budget)
+        made = self.branch([parse_pass(each) for each in attempt.passes], context)
+        measured = self._measured(made.program)
+        bounds = self.context.budget.bounds()
+        over = {name: measured[name] for name in bounds.keys() & measured.keys() if not measured[name] <= bounds[name]}
+        missed = [f"{name} {value:.3g} is more than {bounds[name]:g}" for name, value in over.items()]
+        excess = sum(math.inf if math.isnan(v) else (v - bounds[n]) / max(bounds[n], 0.1) for n, v in over.items())
+        return Tried(attempt, made, measured, missed, excess)
+
+    def _measured(self, program: Program) -> dict[str, float]:
+        """Return what is known of a program, by field of the budget."""
+        context = self.context
+        original = context.original or self.program
+        found = {
+            "macs_ratio": macs(program) / max(macs(original), 1),
+            "params_ratio": parameters(program) / max(parameters(original), 1),
+            "average_bits": weight_bits(program) / max(parameters(program), 1),
+            "size_ratio": parameter_bytes(program) / max(parameter_bytes(original), 1),
+        }
+        if context.measure is not None:
+            try:
+                with context.progress.stage("measure"):
+                    profiles = context.timed({"float": self.program, "tried": program})
+            except NotExpressible as error:
+                self.path.append(f"not measured: {error}")
+            else:
+                found["latency_ratio"] = profiles["tried"].latency_ms / max(profiles["float"].latency_ms, 1e-9)
+                if profiles["float"].size_bytes:
+                    found["size_ratio"] = profiles["tried"].size_bytes / profiles["float"].size_bytes
+        if context.evaluate is not None:
+            if self._before is None:
+                self._before = self._metric(original, "the original model")
+            found["metric_drop"] = self._before - self._metric(program, "a candidate")
+        return found
+
+    def _metric(self, program: Program, what: str) -> float:
+        evaluate = self.context.evaluate
+        assert evaluate is not None
+        with self.context.progress.stage("evaluate"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.context.seed)
+            return check_metric(evaluate(program.module()), what)
+
+    def _save(self, program: Program) -> None:
+        """Keep the best so far; a full disk costs that, not the run."""
+        if (journal := self.context.journal.path) is not None:
+            try:
+                program.save(journal.parent / "best.pt2")
+            except GraphoptError as error:
+                self.path.append(f"the best so far could not be kept: {error}")
+
+
+def _shown(measured: dict[str, float]) -> str:
+    names = {"size_ratio": "size", "latency_ratio": "latency", "metric_drop": "metric drop"}
+    return ", ".join(f"{shown} {measured[name]:.3g}" for name, shown in names.items() if name in measured)
