@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,18 @@ def parameters(program: Program) -> int:
         if not roles or not roles <= {"scale", "zero_point", "table"}:
             count += weight.numel()
     return count
+
+
+def file_bytes(program: Program, code_bits: Sequence[int]) -> float:
+    """Return the bytes of all weights in a file whose codes take one of some sizes in bits (`Target.code_bits`)."""
+    total = 0.0
+    for node, weight in _weights(program):
+        roles, each = _roles(node), 8.0 * weight.element_size()
+        if roles and all(role in ("codes", "zero_point") for role, _ in roles):
+            needed = max(grid(name).bits for _, name in roles)
+            each = min([each, *(bits for bits in code_bits if bits >= needed)])
+        total += weight.numel() * each / 8
+    return total
 
 
 def resources(program: Program) -> dict[str, float]:

@@ -5,7 +5,8 @@
     prune     channels, neurons and heads go, as far as the budget asks, then int8 once more; where it is allowed
 
 After each the size of the file, the latency beside that of the float model, and the metric are measured. The first
-that holds the whole budget is taken. Where none does, the one that misses it least is, and how far each went is said,
+that holds the whole budget is taken; one that does and is slower than the float model, where latency is not bounded,
+only when no later one holds it. Where none does, the one that misses it least is taken, and how far each went is said,
 so that one knows which bound to give up. With a run directory the best so far lies beside the journal as `best.pt2`.
 
 Lossy. Runs after the exact passes.
@@ -23,7 +24,7 @@ from typing import ClassVar
 import torch
 from pydantic import PositiveInt
 
-from graphopt.analysis import macs, parameter_bytes, parameters, weight_bits
+from graphopt.analysis import file_bytes, macs, parameter_bytes, parameters, weight_bits
 from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, NotExpressible
 from graphopt.ir import Changes, Program
@@ -35,7 +36,7 @@ _INT8 = (_TRANSFORMED, "quantize_embedding", "choose_schemes", "quantize_static"
 _GRID = "quantize_weights(grid='int4', objective='plain', rounding='nearest')"
 _SMOOTHED = f"best_of(judge={_GRID!r}, alternatives=[['smooth'], ['smooth', 'rotate']])"
 _WIDTHS = (0.25, 0.4, 0.55)  # of every space that go, where the budget does not say how much
-_NEARER = 0.97  # of the size that is asked for: a file is more than its weights
+_NEARER = 0.98  # of the size that is asked for: quantized graphs have more nodes
 _SMALLER = ("size_ratio", "average_bits")
 _LIGHTER = ("macs_ratio", "params_ratio")
 
@@ -102,13 +103,14 @@ class _Work:
     context: Context
     path: list[str] = field(default_factory=list)
     _before: float | None = None
+    _float_bytes: int = 0
 
     def found(self) -> Tried:
         """Return the first attempt that holds the budget, or that which misses it least."""
         tried: list[Tried] = []
         for attempt in self._attempts(tried):
             started = time.perf_counter()
-            so_far = min(tried, key=lambda each: each.excess, default=None)
+            so_far = _best(tried) if tried else None
             beside = f", best so far {so_far.attempt.name} ({_shown(so_far.measured)})" if so_far else ""
             with self.context.progress.stage(f"try {attempt.name}{beside}"):
                 try:
@@ -120,13 +122,18 @@ class _Work:
             seconds = time.perf_counter() - started
             outcome = "; ".join(made.missed) or "the budget holds"
             self.path.append(f"{attempt.name}: {_shown(made.measured)} after {seconds:.0f} s: {outcome}")
-            if made is min(tried, key=lambda each: each.excess):
+            if made is _best(tried):
                 self._save(made.branch.program)
             if not made.missed:
-                return made
+                if not self._slower(made):
+                    return made
+                self.path.append(f"{attempt.name} is slower than the float model; others are tried")
         if not tried:
             raise GraphoptError(f"auto found no way: {'; '.join(self.path)}")
-        best = min(tried, key=lambda each: each.excess)
+        best = _best(tried)
+        if not best.missed:
+            self.path.append(f"{best.attempt.name} was taken: nothing faster holds the budget")
+            return best
         reached = ", ".join(
             f"{name} {min(each.measured[name] for each in tried if name in each.measured):.3g}"
             for name in self.context.budget.bounds()
@@ -134,6 +141,9 @@ class _Work:
         )
         self.path.append(f"out of reach, the least of each alone was {reached}: {best.attempt.name} was taken")
         return best
+
+    def _slower(self, made: Tried) -> bool:
+        return "latency_ratio" not in self.context.budget.bounds() and made.measured.get("latency_ratio", 0.0) > 1
 
     def _attempts(self, tried: list[Tried]) -> Iterator[Attempt]:
         """Yield ways, by what those before it have missed."""
@@ -162,8 +172,16 @@ class _Work:
         allocate = (
             f"allocate(choices=[{levels!r}], evaluations={options.evaluations}, workers={options.workers})"
         )
-        near = {each: value * (_NEARER if each == "size_ratio" else 1) for each, value in bounds.items()}
-        return Attempt(name, (*first, _SMOOTHED, allocate), Budget(**near, metric_drop=self.context.budget.metric_drop))
+        if "size_ratio" in bounds:
+            bounds = bounds | {"size_ratio": max(self._of_weights(bounds["size_ratio"]), 0.0)}
+        drop = self.context.budget.metric_drop
+        return Attempt(name, (*first, _SMOOTHED, allocate), Budget(**bounds, metric_drop=drop))
+
+    def _of_weights(self, ratio: float) -> float:
+        """Return what the weights may take where the whole file may take `ratio`: the graph is as large as before."""
+        weights = parameter_bytes(self.context.original or self.program)
+        whole = max(self._float_bytes, weights)
+        return _NEARER * (ratio * whole - (whole - weights)) / max(weights, 1)
 
     def _misses(self, tried: list[Tried], names: Sequence[str]) -> bool:
         bounds = self.context.budget.bounds()
@@ -190,7 +208,7 @@ class _Work:
             "macs_ratio": macs(program) / max(macs(original), 1),
             "params_ratio": parameters(program) / max(parameters(original), 1),
             "average_bits": weight_bits(program) / max(parameters(program), 1),
-            "size_ratio": parameter_bytes(program) / max(parameter_bytes(original), 1),
+            "size_ratio": file_bytes(program, context.target.code_bits) / max(parameter_bytes(original), 1),
         }
         if context.measure is not None:
             try:
@@ -201,6 +219,7 @@ class _Work:
             else:
                 found["latency_ratio"] = profiles["tried"].latency_ms / max(profiles["float"].latency_ms, 1e-9)
                 if profiles["float"].size_bytes:
+                    self._float_bytes = profiles["float"].size_bytes
                     found["size_ratio"] = profiles["tried"].size_bytes / profiles["float"].size_bytes
         if context.evaluate is not None:
             if self._before is None:
@@ -222,6 +241,11 @@ class _Work:
                 program.save(journal.parent / "best.pt2")
             except GraphoptError as error:
                 self.path.append(f"the best so far could not be kept: {error}")
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    """Return the one that misses the budget least, of several the fastest."""
+    return min(tried, key=lambda each: (each.excess, each.measured.get("latency_ratio", 0.0)))
 
 
 def _shown(measured: dict[str, float]) -> str:
