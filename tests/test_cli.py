@@ -56,6 +56,8 @@ def static_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         *(
             "optimize",
             "cli_models:static",
+            "--recipe",
+            "int8",
             "--calibration",
             data,
             "--evaluate",

@@ -135,6 +135,9 @@ def plain_imports(tree: Path) -> list[str]:
     ]
 
 
+HOME_OF_EXTRA = {"demo": "graphopt.demo", "ray": "graphopt.search.pool"}
+
+
 def undeclared_imports(tree: Path) -> list[str]:
     """What the product imports is the standard library, itself, or declared; extras where they belong."""
     project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
@@ -144,12 +147,13 @@ def undeclared_imports(tree: Path) -> list[str]:
         return {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
 
     declared = modules(project["dependencies"]) | set(sys.stdlib_module_names) | {"graphopt", "__future__"}
-    demo = modules(project["optional-dependencies"]["demo"])
+    extras = project["optional-dependencies"]
+    optional = {home: modules(extras.get(name, [])) for name, home in HOME_OF_EXTRA.items()}
     undeclared = {
         f"{entry.where}: {top} is not among the dependencies"
         for entry in imports(tree, PRODUCT)
         if (top := entry.target.split(".")[0]) not in declared
-        and not (top in demo and _within(entry.module, ("graphopt.demo",)))
+        and not any(top in known and _within(entry.module, (home,)) for home, known in optional.items())
         and not _within(entry.target, ("passes", "backends"))  # plain_imports says what is wrong with these
     }
     return sorted(undeclared)

@@ -38,6 +38,8 @@ class Pass:
         rules: the rewrites; a pass with rules need not define `run`.
         requires: names of passes that must have run before; the manager inserts what is missing.
         needs: what must be given: any of NEEDS.
+        quantizes: whether it takes places out of floating point; it then has an option `skip`, to which
+            `Recipe.keeping_float` adds.
     """
 
     name: ClassVar[str] = ""
@@ -46,6 +48,7 @@ class Pass:
     rules: ClassVar[tuple[Rule, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
     needs: ClassVar[frozenset[str]] = frozenset()
+    quantizes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,16 +136,12 @@ class Composite(Pass):
 class LossyPass(Pass):
     """A pass that changes the function; `only` and `skip` bound where.
 
-    Class attributes:
-        quantizes: whether it takes places out of floating point; `Recipe.keeping_float` adds to `skip` of these.
-
     Attributes:
         only: globs over node, weight and module names; with any given, other places are left alone.
         skip: globs of places to leave alone.
     """
 
     exact: ClassVar[bool] = False
-    quantizes: ClassVar[bool] = False
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

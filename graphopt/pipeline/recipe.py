@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from graphopt.errors import GraphoptError, first_line, nearest
-from graphopt.pipeline.passes import LossyPass, Pass, build
+from graphopt.pipeline.passes import Pass, build
 from graphopt.pipeline.registry import make_pass
 
 _MAX_BYTES = 1 << 20
@@ -81,8 +81,8 @@ class Recipe:
         """Return the recipe with `globs` added to `skip` of every quantizing pass."""
 
         def keep(each: Pass) -> Pass:
-            if isinstance(each, LossyPass) and each.quantizes:
-                return dataclasses.replace(each, skip=(*each.skip, *globs))
+            if each.quantizes:
+                return _set(each, "skip", (*getattr(each, "skip", ()), *globs))
             return each
 
         return self._map(keep) if globs else self

@@ -7,6 +7,8 @@
         program-K.pt2    the program after K steps
         trace-K/         its trace
         checkpoint-K.pt  how far long work inside of one step is
+        levels/          what a search has computed once
+        best.pt2         the best that a search has found so far
         lock             held by the process that writes here
 
 A step is saved when it read the user's data, the others are as quick to run again. Each state is complete before
@@ -33,7 +35,7 @@ from graphopt.ir.program import Program
 from graphopt.pipeline.journal import Journal
 from graphopt.pipeline.trace import Trace
 
-_NAMES = ("key", "journal.jsonl", "state.json", "lock")
+_NAMES = ("key", "journal.jsonl", "state.json", "lock", "best.pt2")
 
 
 class Unfinished:
@@ -61,7 +63,7 @@ class Unfinished:
                 f"an unfinished run to {self.run_dir} was of another model, recipe, data or version; it was dropped"
             )
         for path in self.folder.iterdir():
-            if path.name.startswith("trace-"):
+            if path.name.startswith("trace-") or path.name == "levels":
                 shutil.rmtree(path)
             elif path.name != "lock" and (path.name in _NAMES or path.name.startswith(("program-", "checkpoint-"))):
                 path.unlink()

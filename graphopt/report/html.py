@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from graphopt.pipeline import PassRecord
+from graphopt.report.allocation import pictures
 from graphopt.report.report import PassRow, Report
 from graphopt.report.text import error_text, figure_rows, pass_cells, size_text
 
@@ -53,6 +54,7 @@ def html(report: Report) -> str:
     return template.render(
         report=report,
         figures=list(figure_rows(report)),
+        searches=[found for record in report.trace if (found := pictures(record)) is not None],
         diffs=diffs(report),
         style=Markup(style),  # ours, and without `<`: `test_html` checks
         style_hash=base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii"),

@@ -131,6 +131,27 @@ class Search:
                 front.add(self.point(each, loss, origin))
         return front
 
+    def swept(self, surrogate: Surrogate, count: int) -> Front:
+        """Return what the integer program chooses under other bounds of the first resource, to see what more would buy.
+
+        `count` bounds between the least that can be reached and what is spent as it is, in even ratios.
+        """
+        problem, front = self.problem, Front()
+        resource = next(iter(problem.limits), None)
+        if resource is None or not count:
+            return front
+        least, most = problem.least()[resource], problem.costs(problem.start)[resource]
+        proposed: dict[Assignment, None] = {}
+        for limit in np.geomspace(max(least, 1e-300), max(most, 1e-300), count + 1)[:-1]:
+            # The least itself is reached by one assignment; rounding must not take it away.
+            bound = dataclasses.replace(problem, limits={resource: float(limit) * (1 + 1e-6)})
+            with contextlib.suppress(Infeasible):
+                proposed[surrogate.descended(bound, integer_program(bound, surrogate.losses))] = None
+        for each, loss in zip(proposed, self.evaluator.losses(proposed), strict=True):
+            if math.isfinite(loss):
+                front.add(self.point(each, loss, "integer program under another bound"))
+        return front
+
     def by_bisection(self, surrogate: Surrogate, holds: Callable[[Assignment], bool], resource: str) -> Point:
         """Return the candidate farthest along the steps in a resource for which `holds` was seen to be true.
 

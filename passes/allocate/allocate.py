@@ -40,7 +40,7 @@ from pydantic import Field, PositiveInt
 from graphopt.analysis import resources
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Site
-from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
+from graphopt.pipeline import Branch, Composite, Context, Pass, Recipe, parse_pass
 from graphopt.pipeline.unfinished import run_key
 from graphopt.search import (
     Assignment,
@@ -78,12 +78,15 @@ class Allocate(Composite):
         evaluations: candidates that the solver may judge on all the data, or as many pieces of it altogether.
         samples: calibration batches to judge by. alone: of these, those on which units are tried alone.
         pairs: share of the pairs of units that the integer program knows of.
+        sweep: other bounds at which a candidate is judged, for the front that the report shows.
         compare: other estimates to report the correlation of with the true losses.
         workers: processes. cluster: ray spreads them over a Ray cluster.
         timeout: seconds that one evaluation may take; a candidate that takes longer is left out.
+        skip: globs of places that stay in floating point.
     """
 
     exact: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
@@ -94,10 +97,12 @@ class Allocate(Composite):
     samples: PositiveInt = 32
     alone: PositiveInt = 8
     pairs: Annotated[float, Field(ge=0, le=1)] = 0.05
+    sweep: Annotated[int, Field(ge=0)] = 6
     compare: tuple[Estimate, ...] = ("fisher", "sqnr")
     workers: PositiveInt = 1
     cluster: Literal["", "ray"] = ""
     timeout: Annotated[float, Field(gt=0)] | None = None
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,12 +190,13 @@ class _Work:
     ) -> _Work:  # fmt: skip
         """Compute the levels, unless an interrupted run has, and write what candidates are made of."""
         data = context.needed_calibration(options.name)
-        key = run_key(program, data, options.choices, context.seed, options.samples, sorted(limits.items()))
+        decides = (options.choices, options.skip, context.seed, options.samples, sorted(limits.items()))
+        key = run_key(program, data, *decides)
         known = folder / "choices.json"
         if (folder / "key").exists() and (folder / "key").read_text() == key and known.exists():
             choices = Choices.from_json(known.read_text())
         else:
-            passes = [parse_pass(each) for each in options.choices]
+            passes = Recipe("", tuple(map(parse_pass, options.choices))).keeping_float(options.skip).passes
             with context.progress.stage("compute levels"):
                 choices = gathered(passes, program, context, Store(folder), resources(program))
         original = context.original or program
@@ -219,7 +225,10 @@ class _Work:
         if not self.problem.limits:
             return self._within_metric(surrogate)
         front = self.search.solved(surrogate)
-        self.facts["front"] = self._told(front)
+        with self.context.progress.stage("look at other bounds"):
+            around = self.search.swept(surrogate, self.options.sweep)
+        around.update(front)
+        self.facts["front"] = self._told(around)
         if not len(front):
             raise GraphoptError(f"{self.options.name}: no candidate within the budget gives finite outputs")
         ordered = sorted(front, key=lambda each: each.loss)
@@ -311,6 +320,7 @@ class _Work:
         """Return the record: every unit with its level and what it alone loses."""
         changes = Changes(facts=self.facts)
         names = self.problem.names(chosen.assignment)
+        spent = {u.name: u.levels[at].costs for u, at in zip(self.problem.units, chosen.assignment, strict=True)}
         for unit, level in names.items():
             if level == next(each for each in self.problem.units if each.name == unit).levels[0].name:
                 changes.skipped.append(Site(unit, f"{level} is best: it stays as it is"))
@@ -319,6 +329,8 @@ class _Work:
                 changes.touched.append(Site(unit, level + ("" if alone is None else f", alone it loses {alone:.3g}")))
         self.search.facts |= {
             "levels": names, "loss": chosen.loss, "origin": chosen.origin, "costs": chosen.costs,
+            "resource": next(iter(self.problem.limits), "size_bytes"),
+            "bits": {name: each["bits"] / each["parameters"] for name, each in spent.items() if each.get("parameters")},
             "evaluated": self.evaluator.evaluated / max(self.evaluator.pieces, 1), "metrics": self.evaluator.metrics,
         }  # fmt: skip
         if chosen.metric is not None:

@@ -28,7 +28,7 @@ from graphopt.analysis import file_bytes, macs, parameter_bytes, parameters, wei
 from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, NotExpressible
 from graphopt.ir import Changes, Program
-from graphopt.pipeline import Branch, Composite, Context, Pass, parse_pass
+from graphopt.pipeline import Branch, Composite, Context, Pass, Recipe, parse_pass
 from graphopt.search import check_metric
 
 _TRANSFORMED = "best_of(alternatives=[['equalize'], ['smooth'], ['smooth', 'rotate']])"
@@ -74,9 +74,11 @@ class Auto(Composite):
         levels: of weights, where these may have fewer.
         workers: processes that judge candidates.
         evaluations: see `allocate`.
+        skip: globs of places that stay in floating point.
     """
 
     exact: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
     requires: ClassVar[tuple[str, ...]] = ("canonicalize", "retype_floats")
 
@@ -85,6 +87,7 @@ class Auto(Composite):
     levels: tuple[str, ...] = ("int8", "int4", "int3", "int2")
     workers: PositiveInt = 1
     evaluations: PositiveInt = 20
+    skip: tuple[str, ...] = ()
 
     def compose(
         self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
@@ -192,7 +195,8 @@ class _Work:
 
     def _tried(self, attempt: Attempt) -> Tried:
         context = dataclasses.replace(self.context, budget=attempt.budget)
-        made = self.branch([parse_pass(each) for each in attempt.passes], context)
+        passes = Recipe("", tuple(map(parse_pass, attempt.passes))).keeping_float(self.options.skip).passes
+        made = self.branch(passes, context)
         measured = self._measured(made.program)
         bounds = self.context.budget.bounds()
         over = {name: measured[name] for name in bounds.keys() & measured.keys() if not measured[name] <= bounds[name]}

@@ -172,12 +172,13 @@ class QuantizeWeights(LossyPass, Choosing):
         def solve(weight: fx.Node, gram: Gram | None, outputs: Tensor | None) -> None:
             name, original = str(weight.target), program.weight(weight)
             stored = original.numel() * original.element_size()
-            found[weight] = [Level("float", {"bits": 8.0 * stored, "size_bytes": float(stored)})]
+            count = {"parameters": float(original.numel())}
+            found[weight] = [Level("float", count | {"bits": 8.0 * stored, "size_bytes": float(stored)})]
             for level, each in levels.items():
                 quantized, _ = each._quantized(program, weight, weights[weight], gram, outputs)
                 store.put(name, level, {name: from_matrix(quantized.value(), original)})
                 costs = {"bits": quantized.bits(), "size_bytes": quantized.file_bits(context.target.code_bits) / 8}
-                found[weight].append(Level(level, costs))
+                found[weight].append(Level(level, count | costs))
 
         alone._each(program, weights, context, solve)
         return [Offer(str(weight.target), tuple(found[weight])) for weight in weights]

@@ -19,7 +19,7 @@ from graphopt.calibration import Batches
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program
 from graphopt.passes import Auto
-from graphopt.pipeline import Context, run_passes
+from graphopt.pipeline import Context, builtin, run_passes
 from graphopt.pipeline.journal import Journal
 from graphopt.pipeline.trace import Trace
 
@@ -118,3 +118,14 @@ def test_a_metric_that_is_none_is_one_sentence() -> None:
             network(), rows()[0], "auto", calibration=rows(), evaluate=lambda module: float("nan"),
             budget=graphopt.Budget(metric_drop=10.0), target=targets.EXACT,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [{"metric_drop": 60.0}, {"metric_drop": 60.0, "size_ratio": 0.25}])
+def test_what_shall_stay_float_does(budget: dict[str, float]) -> None:
+    recipe = builtin("auto").keeping_float(["5*"])  # the last linear
+    result = graphopt.optimize(
+        network(), rows()[0], recipe, calibration=rows(), evaluate=alike, budget=graphopt.Budget(**budget),
+        target=targets.EXACT,
+    )  # fmt: skip
+    assert result.program.weight("5.weight").is_floating_point()
+    assert not result.program.weight("2.weight").is_floating_point()

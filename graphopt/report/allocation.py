@@ -1,0 +1,169 @@
+"""Pictures of a search: its Pareto front, what each unit loses at each level, and the bits that each got.
+
+Each is one SVG, styled by the page around it or, alone, by its own colours. Names come from the user's model and
+figures from a trace that may have been tampered with: everything is escaped, and what is no number is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from graphopt.pipeline import PassRecord
+
+_MOST_UNITS = 200  # rows of a picture; the trace holds all
+_WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 760, 270, 60, 18, 34
+_ASSUMED_BITS = 32
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Of one search; a picture is None where the record has nothing for it. `left_out`: units that are not shown."""
+
+    key: str
+    front: Markup | None
+    losses: Markup | None
+    bits: Markup | None
+    left_out: int
+
+
+def pictures(record: PassRecord) -> Pictures | None:
+    """Return the pictures of a pass that chose levels; None for any other."""
+    facts = record.facts
+    levels = _names(facts.get("levels"))
+    if not levels:
+        return None
+    units = list(levels)[:_MOST_UNITS]
+    losses = {unit: _numbers(_mapping(facts.get("losses")).get(unit)) for unit in units}
+    bits = {unit: value for unit, value in _numbers(facts.get("bits")).items() if unit in units}
+    return Pictures(
+        record.key,
+        front(facts.get("front"), facts.get("loss"), str(facts.get("resource", "cost"))),
+        losses_of_units(losses, levels) if any(losses.values()) else None,
+        bits_of_units(bits) if bits else None,
+        len(levels) - len(units),
+    )
+
+
+def front(points: Any, chosen: Any, resource: str) -> Markup | None:
+    """Return the candidates that no other beats, loss over cost; None where there are less than two.
+
+    `points`: mappings with cost, loss and origin. The one of the loss `chosen` is filled.
+    """
+    found = [each for each in points if isinstance(each, dict)] if isinstance(points, list) else []
+    found = [each for each in found if _positive(each.get("loss")) and _number(each.get("cost"))]
+    if len(found) < 2:
+        return None
+    across = _scale([float(each["cost"]) for each in found], 90, _WIDTH - 40)
+    height = 300
+    up = _scale([math.log10(float(each["loss"])) for each in found], height - 40, 20)
+    parts = [
+        _line(90, height - 40, _WIDTH - 40, height - 40), _line(90, 20, 90, height - 40),
+        _text(_WIDTH - 40, height - 8, resource, "end"), _text(8, 14, "loss"),
+    ]  # fmt: skip
+    for cost in (min(float(each["cost"]) for each in found), max(float(each["cost"]) for each in found)):
+        parts.append(_text(across(cost), height - 24, f"{cost:.4g}", "middle"))
+    for loss in (min(float(each["loss"]) for each in found), max(float(each["loss"]) for each in found)):
+        parts.append(_text(84, up(math.log10(loss)) + 4, f"{loss:.2g}", "end"))
+    for each in found:
+        title = f"{each.get('origin', '')}: loss {float(each['loss']):.3g} at {float(each['cost']):.5g}"
+        x, y = across(float(each["cost"])), up(math.log10(float(each["loss"])))
+        parts.append(_dot(x, y, 5, each["loss"] == chosen, title))
+    return _svg(_WIDTH, height, parts, "Pareto front: loss of the candidates over their cost")
+
+
+def losses_of_units(losses: Mapping[str, Mapping[str, float]], levels: Mapping[str, str]) -> Markup:
+    """Return a row for each unit: its loss at each level, alone, on a logarithmic axis; the chosen level is filled."""
+    known = [loss for each in losses.values() for loss in each.values() if _positive(loss)]
+    across = _scale([math.log10(loss) for loss in known], _LEFT, _WIDTH - _RIGHT)
+    parts = []
+    for loss in {min(known, default=1.0), max(known, default=1.0)}:
+        parts.append(_text(across(math.log10(loss)), 16, f"{loss:.1g}", "middle"))
+    for row, (unit, each) in enumerate(losses.items()):
+        y = _TOP + _ROW * row
+        parts += [_text(_LEFT - 12, y + 4, _short(unit), "end"), _line(_LEFT, y, _WIDTH - _RIGHT, y)]
+        for level, loss in each.items():
+            if _positive(loss):
+                title = f"{unit} at {level} alone loses {loss:.3g}"
+                parts.append(_dot(across(math.log10(loss)), y, 4.5, levels.get(unit) == level, title))
+    return _svg(_WIDTH, _TOP + _ROW * len(losses), parts, "Loss of each unit at each level")
+
+
+def bits_of_units(bits: Mapping[str, float]) -> Markup:
+    """Return a bar for each unit, as long as the bits that a weight of it has."""
+    most = max(*bits.values(), 1.0)
+    across = _scale([0.0, min(most, _ASSUMED_BITS)], _LEFT, _WIDTH - _RIGHT)
+    parts = []
+    for row, (unit, value) in enumerate(bits.items()):
+        y = _TOP + _ROW * row
+        end = across(min(value, _ASSUMED_BITS))
+        parts += [
+            _text(_LEFT - 12, y + 4, _short(unit), "end"),
+            Markup('<rect x="{}" y="{}" width="{:.1f}" height="10" class="mark"/>').format(_LEFT, y - 5, end - _LEFT),
+            _text(end + 6, y + 4, f"{value:.2f}"),
+        ]
+    return _svg(_WIDTH, _TOP + _ROW * len(bits), parts, "Bits of each unit")
+
+
+def alone(picture: Markup) -> str:
+    """Return a picture as a file of its own, with the colours that a page would give it."""
+    style = Markup(
+        "<style>text{{font:12px system-ui,sans-serif;fill:#1f2328}}line{{stroke:#d1d9e0}}"
+        ".mark{{fill:#0969da}}.open{{fill:#fff;stroke:#59636e}}.ground{{fill:#fff}}</style>"
+        '<rect width="100%" height="100%" class="ground"/>'
+    ).format()
+    return str(picture.replace(Markup("</title>"), Markup("</title>") + style, 1)) + "\n"
+
+
+def _svg(width: int, height: int, parts: Iterable[Markup], title: str) -> Markup:
+    start = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">')
+    named = start.format(width, height) + Markup("<title>{}</title>").format(title)
+    return named + Markup("").join(parts) + Markup("</svg>")
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> Any:
+    """Return the map from values to places between start and end."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start") -> Markup:
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, words)
+
+
+def _line(x: float, y: float, to_x: float, to_y: float) -> Markup:
+    return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(x, y, to_x, to_y)
+
+
+def _dot(x: float, y: float, radius: float, filled: bool, title: str) -> Markup:
+    kind = "mark" if filled else "open"
+    dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}"><title>{}</title></circle>')
+    return dot.format(x, y, radius, kind, title)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 38 else "…" + name[-37:]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _names(value: Any) -> dict[str, str]:
+    return {str(key): str(each) for key, each in _mapping(value).items()}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return {str(key): float(each) for key, each in _mapping(value).items() if _number(each)}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
