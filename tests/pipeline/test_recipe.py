@@ -153,7 +153,7 @@ def test_every_form_of_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        ("int9", "there is no recipe called 'int9', did you mean 'int8'?; built-in: auto, drop_blocks, exact, fp8, int8, "),
+        ("int9", "there is no recipe called 'int9', did you mean 'int8'?; built-in: auto, drop_blocks, exact, fp8, "),
         (
             [passes.Canonicalize],
             "holds passes, not <class 'graphopt.passes.canonicalize.canonicalize.Canonicalize'>; call it",
