@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,7 +45,7 @@ class Search:
         others: returns further estimates by name, of units (by index) at levels; nothing where it has none.
         evaluations: see `Evolution`. alone: pieces on which units are tried alone. pairs: share of the pairs that the
             integer program knows. compare: estimates to report on. seed: of all draws.
-        facts: figures for a report.
+        facts: figures for a report. estimate_seconds: spent in `others`.
     """
 
     evaluator: Evaluator
@@ -57,6 +58,7 @@ class Search:
     compare: tuple[Estimate, ...] = ()
     seed: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    estimate_seconds: float = 0.0
 
     @property
     def problem(self) -> Problem:
@@ -69,7 +71,9 @@ class Search:
         pieces = range(min(self.alone, self.evaluator.pieces))
         with self.evaluator.progress.stage("try units alone"):
             measured = dict(zip(singles, self.evaluator.losses(singles.values(), pieces), strict=True))
+        started = time.perf_counter()
         estimates = {name: self.others(name) for name in dict.fromkeys([*self.compare, self.estimate])}
+        self.estimate_seconds += time.perf_counter() - started
         estimates = {name: found for name, found in estimates.items() if found}
         self.facts["correlations"] = {
             name: _rounded(correlation([found[key] for key in found], [measured[key] for key in found]))

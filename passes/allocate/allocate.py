@@ -125,9 +125,11 @@ class Allocate(Composite):
             work = _Work.prepared(self, program, context, limits, batches, folder)
             chosen = work.chosen()
             changes = work.changes(chosen)
-        changes.facts["seconds"] = {
-            "all": round(time.perf_counter() - started, 3), "evaluations": round(work.evaluator.seconds, 3),
+        spent = {
+            "all": time.perf_counter() - started, "levels": work.level_seconds,
+            "evaluations": work.evaluator.seconds, "estimates": work.search.estimate_seconds,
         }  # fmt: skip
+        changes.facts["seconds"] = {name: round(each, 3) for name, each in spent.items()}
         passes = work.choices.chosen(chosen.assignment)
         return (branch(passes, context) if passes else None), changes
 
@@ -170,6 +172,7 @@ class _Work:
     evaluator: Evaluator
     store: Store
     batches: list[list[Any]]
+    level_seconds: float
 
     @functools.cached_property
     def search(self) -> Search:
@@ -192,13 +195,14 @@ class _Work:
         data = context.needed_calibration(options.name)
         decides = (options.choices, options.skip, context.seed, options.samples, sorted(limits.items()))
         key = run_key(program, data, *decides)
-        known = folder / "choices.json"
+        known, started = folder / "choices.json", time.perf_counter()
         if (folder / "key").exists() and (folder / "key").read_text() == key and known.exists():
             choices = Choices.from_json(known.read_text())
         else:
             passes = Recipe("", tuple(map(parse_pass, options.choices))).keeping_float(options.skip).passes
             with context.progress.stage("compute levels"):
                 choices = gathered(passes, program, context, Store(folder), resources(program))
+        level_seconds = time.perf_counter() - started
         original = context.original or program
         kept = StoredCandidates.keep(
             folder, key, program, original, choices, batches, context.seed, context.evaluate
@@ -207,7 +211,7 @@ class _Work:
         problem = dataclasses.replace(choices.problem, limits=limits)
         pool = Pool(options.workers, options.cluster, options.timeout)
         evaluator = Evaluator(problem, kept, pool, context.journal, context.progress)
-        return _Work(options, context, program, choices, problem, evaluator, Store(folder), batches)
+        return _Work(options, context, program, choices, problem, evaluator, Store(folder), batches, level_seconds)
 
     # Choosing -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
     tools/bench/allocation.py --list
     tools/bench/allocation.py                                       every row; an hour
     tools/bench/allocation.py --setting NAME --method EvoPress      some of them
+    tools/bench/allocation.py --speed                               the solver, and two processes beside one
     tools/bench/allocation.py --docs docs/allocation.md             write the tables of what was measured last
 
 Every row chooses among the same levels, computed once, at what a uniform level costs; candidates are put together from
@@ -148,6 +149,40 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
     }  # fmt: skip
 
 
+def speed() -> dict[str, Any]:
+    """Return the time of a large integer program, and of evaluations in one process and in two; runs alone."""
+    import numpy as np
+    from tasks import TASKS
+
+    import graphopt
+    from graphopt.passes import Allocate
+    from graphopt.pipeline import builtin
+    from graphopt.search import Level, Problem, Unit, integer_program
+
+    rng, bits = np.random.default_rng(0), (16, 8, 6, 4, 3, 2)
+    sizes = rng.choice([1e5, 4e5, 1e6, 3e6], 10_000)
+    units = tuple(
+        Unit(str(at), tuple(Level(str(each), {"size_bytes": size * each / 8}) for each in bits))
+        for at, size in enumerate(sizes)
+    )
+    losses = [[0.0, *(float(rng.lognormal() * 4.0**-each) for each in bits[1:])] for _ in units]
+    started = time.perf_counter()
+    integer_program(Problem(units, {"size_bytes": float(sizes.sum() * 3.3 / 8)}), losses)
+    figures: dict[str, Any] = {"program_seconds": time.perf_counter() - started}
+    material = TASKS["digits_vit"].make()
+    for workers in (1, 2):
+        allocate = Allocate(choices=(_MIXED,), workers=workers, evaluations=100, compare=())
+        result = graphopt.optimize(
+            material.model, material.example_inputs, [*builtin("exact").passes, allocate],
+            calibration=material.calibration, budget=graphopt.Budget(average_bits=6),
+        )  # fmt: skip
+        figures[f"{workers} processes"] = result.trace["allocate"].facts["seconds"]
+    one, two = (figures[f"{workers} processes"] for workers in (1, 2))
+    figures["evaluations, two over one"] = one["evaluations"] / two["evaluations"]
+    figures["overhead"] = 1 - (one["evaluations"] + one["levels"] + one["estimates"]) / one["all"]
+    return figures
+
+
 def _batches(kept: Any) -> Any:
     import torch
 
@@ -200,6 +235,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name settings and methods and leave")
     parser.add_argument("--setting", nargs="+", choices=known, default=known)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="uniform comes along")
+    parser.add_argument("--speed", action="store_true", help="time the solver and processes instead; run it alone")
     parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -207,6 +243,8 @@ def main() -> None:
         name, methods = json.loads(given.child)
         setting = next(each for each in SETTINGS if each.name == name)
         print(json.dumps(measure(setting, methods)))
+    elif given.speed:
+        print(json.dumps(speed(), indent=1))
     elif given.list:
         print("\n".join([*known, "", *METHODS]))
     elif given.docs:

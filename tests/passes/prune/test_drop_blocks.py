@@ -347,3 +347,14 @@ def test_a_branch_that_something_else_reads_stays() -> None:
     _, _, trace = dropped(Read(), rows(), DropBlocks(unit="branches", count=0))
     reasons = [site.reason for site in trace["drop_blocks"].skipped]
     assert any("read by more than an addition" in each or "no residual branch" in each for each in reasons)
+
+
+def test_blocks_by_name() -> None:
+    """As `allocate` chooses."""
+    program = capture(chain().eval(), rows()[0])
+    context = Context(targets.EXACT, calibration=Batches(rows(), program), strict=True)
+    after, trace = run_passes(program, [DropBlocks(blocks=("linear_3",), resolve=False)], context)
+    assert trace["drop_blocks"].facts["removed"] == ["linear_3"]
+    assert parameters(after) < parameters(program)
+    with pytest.raises(GraphoptError, match=r"no block 'linear_2' that can go, did you mean 'linear_\d'\?; there are linear_1"):
+        run_passes(program, [DropBlocks(blocks=("linear_2",))], context)
