@@ -356,5 +356,6 @@ def test_blocks_by_name() -> None:
     after, trace = run_passes(program, [DropBlocks(blocks=("linear_3",), resolve=False)], context)
     assert trace["drop_blocks"].facts["removed"] == ["linear_3"]
     assert parameters(after) < parameters(program)
-    with pytest.raises(GraphoptError, match=r"no block 'linear_2' that can go, did you mean 'linear_\d'\?; there are linear_1"):
+    message = r"no block 'linear_2' that can go, did you mean 'linear_\d'\?; there are linear_1"
+    with pytest.raises(GraphoptError, match=message):
         run_passes(program, [DropBlocks(blocks=("linear_2",))], context)
