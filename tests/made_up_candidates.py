@@ -33,7 +33,7 @@ class Quadratic:
 
     Attributes:
         units: how many. pieces: of data. trouble: a file beside which things go wrong, once or always:
-            `die:A`, `die always:A`, `hang:A`, `raise:A` for the candidate whose assignment is written as A.
+            `die:A`, `die always:A`, `hang:A`, `lack:A`, `raise:A` for the candidate whose assignment is written as A.
     """
 
     units: int
@@ -78,6 +78,8 @@ class Quadratic:
                 os._exit(1)
             if kind == "hang":
                 time.sleep(60)
+            if kind == "lack":
+                raise ModuleNotFoundError("No module named 'made_up'", name="made_up")
             if kind == "raise":
                 raise ValueError("no such thing")
         time.sleep(self.seconds)

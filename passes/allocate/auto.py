@@ -27,7 +27,7 @@ from pydantic import PositiveInt
 from graphopt.analysis import file_bytes, macs, parameter_bytes, parameters, weight_bits
 from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, NotExpressible
-from graphopt.ir import Changes, Program
+from graphopt.ir import Changes, Program, Site
 from graphopt.pipeline import Branch, Composite, Context, Pass, Recipe, parse_pass
 from graphopt.search import check_metric
 
@@ -95,6 +95,7 @@ class Auto(Composite):
         work = _Work(self, program, branch, context)
         best = work.found()
         changes = Changes(facts={"path": work.path, "measured": best.measured, "chosen": best.attempt.name})
+        changes.touched.append(Site("program", f"{best.attempt.name} was taken: {_shown(best.measured)}"))
         return best.branch, changes
 
 

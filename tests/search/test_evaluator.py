@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from joblib.externals.loky import get_reusable_executor
 from made_up_candidates import Quadratic, allocation
 
+from graphopt.errors import GraphoptError
 from graphopt.pipeline.journal import Journal
 from graphopt.search import Evaluator, Pool
 
@@ -94,3 +96,15 @@ def test_what_a_candidate_raises_is_raised_and_the_rest_is_kept(tmp_path: Path) 
     second = evaluator(journal=Journal(tmp_path / "journal"))
     second.losses(MANY)
     assert len((tmp_path / "journal").read_text().splitlines()) == len(set(MANY))
+
+
+def test_a_worker_that_lacks_a_package_is_one_sentence(tmp_path: Path) -> None:
+    trouble = {"trouble": f"lack:{''.join(map(str, MANY[3]))}", "marker": str(tmp_path / "once")}
+    with pytest.raises(GraphoptError, match="a worker lacks the package made_up; install there what is installed here"):
+        evaluator(Pool(2), **trouble).losses(MANY)
+
+
+def test_a_cluster_without_its_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(GraphoptError, match=r"a Ray cluster needs the package ray; pip install 'graphopt\[ray\]'"):
+        evaluator(Pool(2, "ray")).losses(MANY)
