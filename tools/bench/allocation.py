@@ -52,8 +52,13 @@ class Setting:
 
 _LANGUAGE = "quantize_weights(levels=['int8', 'int6', 'int4', 'int3', 'int2'])"
 _MIXED = "quantize_weights(levels=['int8', 'int4'])"
+_LOW = "quantize_weights(levels=['int4', 'int3', 'int2', 'ternary'])"
+_LAYERS, _BRANCHES = "drop_blocks(resolve=False)", "drop_blocks(unit='branches', resolve=False)"
 SETTINGS = (
     Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3"),
+    Setting("8 layers, bits alone", "language_deep", (_LOW,), "bits", "ternary", 1.15),
+    Setting("8 layers, layers and bits", "language_deep", (_LAYERS, _LOW), "bits", "ternary", 1.15),
+    Setting("8 layers, branches and bits", "language_deep", (_BRANCHES, _LOW), "bits", "ternary", 1.15),
     *(Setting(f"{task}, 1.5 times the bytes of int4", task, (_MIXED,), "size_bytes", "int4", 1.5) for task in IMAGES),
 )
 METHODS: dict[str, tuple[Any, Any] | None] = {  # name: solver, estimate
@@ -73,7 +78,7 @@ METHODS: dict[str, tuple[Any, Any] | None] = {  # name: solver, estimate
 def measure(setting: Setting, methods: list[str]) -> list[dict[str, Any]]:
     """Return the figures of each method, cheapest uniform first; runs in a process of its own."""
     import torch
-    from tasks import TASKS
+    from tasks import TASKS, deep_language
 
     import graphopt
     from graphopt.analysis import resources
@@ -83,7 +88,7 @@ def measure(setting: Setting, methods: list[str]) -> list[dict[str, Any]]:
     from graphopt.pipeline import target as target_by_name
     from graphopt.search import Assembler, Store, StoredCandidates, gathered
 
-    material = TASKS[setting.task].make()
+    material = deep_language() if setting.task == "language_deep" else TASKS[setting.task].make()
     exact = [*builtin("exact").passes, parse_pass("retype_floats")]
     program = graphopt.optimize(material.model, material.example_inputs, recipe=exact).program
     context = Context(target_by_name("onnxruntime-cpu"), Batches(material.calibration, program), original=program)
