@@ -18,6 +18,7 @@ import numpy as np
 
 from graphopt.search import Assignment, Evaluator, Moves
 
+_IDLE = 200  # generations without an assignment that was not seen before
 OFFSPRING = 32
 STAGES = ((8, 1 / 16), (2, 1 / 4), (1, 1.0))  # survivors, share of the data
 
@@ -47,11 +48,11 @@ def evolve(evaluator: Evaluator, start: Assignment, evaluations: int, resource: 
         return tuple(child)
 
     parent = Moves(problem).filled(start, rng)
-    while evaluator.evaluated - begun < evaluations * evaluator.pieces:
+    idle = 0
+    while evaluator.evaluated - begun < evaluations * evaluator.pieces and idle < _IDLE:
+        before = evaluator.evaluated
         young = [offspring(parent) for _ in range(OFFSPRING)]
         young = [each for each in dict.fromkeys(young) if each != parent and problem.feasible(each)]
-        if not young:
-            break
         for survivors, share in STAGES:
             last = survivors == 1
             count = max(1, round(share * evaluator.pieces))
@@ -60,4 +61,5 @@ def evolve(evaluator: Evaluator, start: Assignment, evaluations: int, resource: 
             ranked = sorted(zip(found, [*young, parent] if last else young, strict=True))
             young = [each for _, each in ranked[:survivors]]
         parent = young[0]
+        idle = idle + 1 if evaluator.evaluated == before else 0
     return parent
