@@ -44,6 +44,7 @@ class Target:
         operators: what runs on integers, by ATen name. Whatever is not listed stays float.
         reasons: for operators not listed, why; shown when one interrupts an integer region.
         saturates_pairs: kernels add two products of eight bits in sixteen, which overflow (`quantization.saturation`).
+        merges_readers: linears that read the same value are computed as one, in one format.
         code_bits: sizes, ascending, in which its files hold the codes of weights that are not computed on.
         width_multiple: what its float kernels like the sizes of channels to be multiples of.
         measurable: what its backend times on the machine that graphopt runs on holds for the target.
@@ -57,6 +58,7 @@ class Target:
     operators: Mapping[str, IntegerOperator] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     saturates_pairs: bool = False
+    merges_readers: bool = False
     code_bits: tuple[int, ...] = (8,)
     width_multiple: int = 1
     measurable: bool = False

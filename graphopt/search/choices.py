@@ -44,11 +44,13 @@ class Offer:
         unit: name of the place; passes that decide about the same one call it alike.
         levels: the choices, the first leaves it as it is.
         takes: at which levels the place takes other units away, and these units' names.
+        group: places with the same one are decided together, where they have the same levels; empty: alone.
     """
 
     unit: str
     levels: tuple[Level, ...]
     takes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    group: str = ""
 
 
 class Choosing:
@@ -104,19 +106,26 @@ class Choices:
     Attributes:
         passes: that decide. problem: the units and what they cost, without limits.
         owners: of each unit, of each level, the pass that makes it; -1: it leaves the unit as it is.
+        members: of each unit, the places that it stands for.
     """
 
     passes: tuple[Pass, ...]
     problem: Problem
     owners: tuple[tuple[int, ...], ...]
+    members: tuple[tuple[str, ...], ...]
 
     def levels_of(self, assignment: Assignment) -> list[dict[str, str]]:
-        """Return for each pass the units that it changes, with their levels."""
+        """Return for each pass the places that it changes, with their levels."""
         found: list[dict[str, str]] = [{} for _ in self.passes]
-        for unit, owners, level in zip(self.problem.units, self.owners, assignment, strict=True):
+        for unit, owners, names, level in zip(self.problem.units, self.owners, self.members, assignment, strict=True):
             if owners[level] >= 0:
-                found[owners[level]][unit.name] = unit.levels[level].name
+                found[owners[level]] |= dict.fromkeys(names, unit.levels[level].name)
         return found
+
+    def weights_of(self, unit: int, level: int, store: Store) -> dict[str, Tensor]:
+        """Return what a unit at a level makes of weights; none where it changes more than these, or nothing."""
+        name = self.problem.units[unit].levels[level].name
+        return {key: each for member in self.members[unit] for key, each in store.get(member, name).items()}
 
     def chosen(self, assignment: Assignment) -> list[Pass]:
         """Return the passes that make an assignment for good."""
@@ -126,14 +135,15 @@ class Choices:
     def to_json(self) -> str:
         """Return what `from_json` reads."""
         plain = dataclasses.asdict(self.problem)
-        return json.dumps({"passes": list(map(str, self.passes)), "owners": self.owners, "problem": plain})
+        passes = list(map(str, self.passes))
+        return json.dumps({"passes": passes, "owners": self.owners, "members": self.members, "problem": plain})
 
     @staticmethod
     def from_json(text: str) -> Choices:
         known = json.loads(text)
-        owners = tuple(map(tuple, known["owners"]))
+        owners, members = (tuple(map(tuple, known[name])) for name in ("owners", "members"))
         passes = tuple(parse_pass(each) for each in known["passes"])
-        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), owners)
+        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), owners, members)
 
 
 def gathered(
@@ -149,6 +159,7 @@ def gathered(
     """
     units: dict[str, list[Level]] = {}
     owners: dict[str, list[int]] = {}
+    groups: dict[str, str] = {}
     takes: list[tuple[str, str, frozenset[str]]] = []
     for index, each in enumerate(passes):
         if not isinstance(each, Choosing):
@@ -162,8 +173,11 @@ def gathered(
             known += others
             owned += [index] * len(others)
             takes += [(offer.unit, level, names) for level, names in offer.takes.items()]
+            groups[offer.unit] = offer.group or groups.get(offer.unit, "")
+    members = _merged(units, owners, groups, takes)
+    takes = [(whole, level, names & units.keys()) for whole, level, names in takes]
     for _, _, names in takes:
-        for name in names & units.keys():
+        for name in names:
             if GONE not in [level.name for level in units[name]]:
                 units[name].append(Level(GONE))
                 owners[name].append(-1)
@@ -171,14 +185,42 @@ def gathered(
     ties = []
     for whole, level, names in takes:
         at = [each.name for each in units[whole]].index(level)
-        for name in sorted(names & units.keys(), key=place.__getitem__):
+        for name in sorted(names, key=place.__getitem__):
             ties.append(Tie(place[name], len(units[name]) - 1, place[whole], at))
             # What the whole costs as it is holds what is decided apart.
             units[whole] = [_less(each, units[name][0]) if i != at else each for i, each in enumerate(units[whole])]
     made = tuple(Unit(name, tuple(levels)) for name, levels in units.items())
     fixed = {name: value - sum(unit.levels[0].costs.get(name, 0.0) for unit in made) for name, value in spent.items()}
     owned_by = tuple(tuple(owners[unit.name]) for unit in made)
-    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by)
+    of_units = tuple(members[unit.name] for unit in made)
+    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by, of_units)
+
+
+def _merged(
+    units: dict[str, list[Level]],
+    owners: dict[str, list[int]],
+    groups: Mapping[str, str],
+    takes: Sequence[tuple[str, str, frozenset[str]]],
+) -> dict[str, tuple[str, ...]]:
+    """Make one unit, called like the first, of those of a group that have the same levels; return the members of each.
+
+    Those that others take away are only merged with what goes at the same time.
+    """
+    alike: dict[Any, list[str]] = {}
+    for name, levels in units.items():
+        gone = tuple((whole, level) for whole, level, names in takes if name in names)
+        same = (groups[name], tuple(level.name for level in levels), tuple(owners[name]), gone)
+        alike.setdefault(same if groups[name] else name, []).append(name)
+    for first, *others in alike.values():
+        for other in others:
+            units[first] = [_more(one, each) for one, each in zip(units[first], units.pop(other), strict=True)]
+            del owners[other]
+    return {names[0]: tuple(names) for names in alike.values()}
+
+
+def _more(level: Level, part: Level) -> Level:
+    names = dict.fromkeys([*level.costs, *part.costs])
+    return Level(level.name, {name: level.costs.get(name, 0.0) + part.costs.get(name, 0.0) for name in names})
 
 
 def _less(level: Level, part: Level) -> Level:
@@ -189,21 +231,21 @@ class Assembler:
     """Puts candidates together; a program it returns is good until the next one is asked for."""
 
     def __init__(self, program: Program, choices: Choices, store: Store) -> None:
-        self._program, self._choices, self.store = program, choices, store
+        self._program, self.choices, self.store = program, choices, store
         self._structure: tuple[Any, ...] = ()
         self._made: Program | None = None
         self._weights = program.weights
         self._swapped: set[str] = set()
 
     def __call__(self, assignment: Assignment) -> Program:
-        levels = self._choices.levels_of(assignment)
+        levels = self.choices.levels_of(assignment)
         structure = tuple(
             tuple(sorted(each.items())) if _restructures(one) else ()
-            for one, each in zip(self._choices.passes, levels, strict=True)
+            for one, each in zip(self.choices.passes, levels, strict=True)
         )
         if self._made is None or structure != self._structure:
             self._made, self._structure, self._swapped = self._program.clone(), structure, set()
-            for one, each in zip(self._choices.passes, levels, strict=True):
+            for one, each in zip(self.choices.passes, levels, strict=True):
                 if each and _restructures(one):
                     one.restructure(self._made, each)  # type: ignore[attr-defined]
         new: dict[str, Tensor] = {}

@@ -252,8 +252,7 @@ class _Work:
             return {}
         changes = {}
         for unit, level in singles_of(self.problem):
-            each = self.problem.units[unit]
-            if found := self.store.get(each.name, each.levels[level].name):
+            if found := self.choices.weights_of(unit, level, self.store):
                 changes[unit, level] = found
         if not changes:
             return {}

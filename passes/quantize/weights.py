@@ -181,7 +181,11 @@ class QuantizeWeights(LossyPass, Choosing):
                 found[weight].append(Level(level, count | costs))
 
         alone._each(program, weights, context, solve)
-        return [Offer(str(weight.target), tuple(found[weight])) for weight in weights]
+        merges = context.target.merges_readers
+        return [
+            Offer(str(weight.target), tuple(found[weight]), group=_read_by(sites) if merges else "")
+            for weight, sites in weights.items()
+        ]
 
     def chosen(self, levels: Mapping[str, str]) -> QuantizeWeights | None:
         """Return the pass that gives each weight the grid it was chosen for, and leaves the others."""
@@ -423,6 +427,11 @@ def _sum_over(sites: list[fx.Node], outputs: Mapping[fx.Node, Tensor]) -> Tensor
     found = [outputs[site] for site in sites if site in outputs]
     total = sum(found[1:], start=found[0]) if found else None
     return total if total is not None and float(total.diagonal().mean()) > 0 else None
+
+
+def _read_by(sites: list[fx.Node]) -> str:
+    """Return the name of the value that a linear reads, if it alone has its weight; empty otherwise."""
+    return arguments(sites[0])["input"].name if len(sites) == 1 and operator(sites[0]) == "linear" else ""
 
 
 def _nth(counts: list[Tensor | None], batch: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,23 @@ def test_a_divergence_does_not_vanish_in_rounding() -> None:
     assert float(divergence(target, target)) == 0.0
     masked = target.index_fill(-1, torch.tensor([3]), -math.inf)
     assert float(divergence(masked, masked)) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_what_a_target_computes_as_one_is_decided_as_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randint(11, (2, 6)),) for _ in range(2)]
+    program, _ = run_passes(capture(Decoder(width=16).eval(), data[0]), [Canonicalize()], Context(targets.EXACT))
+    target = dataclasses.replace(targets.EXACT, merges_readers=True)
+    context, store = Context(target, calibration=Batches(data, program)), Store(tmp_path)
+    passes: list[Pass] = [LEVELS, DropBlocks(unit="branches", resolve=False)]
+    with torch.no_grad():
+        choices = gathered(passes, program, context, store, resources(program))
+    members = {names for names in choices.members if len(names) > 1}
+    assert members == {("q.weight", "k.weight", "v.weight"), ("gate.weight", "up.weight")}
+    (unit,) = [at for at, each in enumerate(choices.problem.units) if each.name == "gate.weight"]
+    assert choices.problem.units[unit].levels[0].costs["parameters"] == 2 * 16 * 20
+    assignment = choices.problem.settled([1 if at == unit else 0 for at in range(len(choices.problem.units))])
+    assert choices.levels_of(assignment)[0] == {"gate.weight": "int8", "up.weight": "int8"}
+    assert set(choices.weights_of(unit, 1, store)) == {"gate.weight", "up.weight"}
+    assert choices.problem.costs(choices.problem.start) == pytest.approx(resources(program))
+    assert Choices.from_json(choices.to_json()) == choices

@@ -124,8 +124,8 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
     def others(estimate: str) -> dict[tuple[int, int], float]:
         if estimate not in ("hessian", "fisher", "sqnr"):
             return {}
-        names = {key: (problem.units[key[0]], key[1]) for key in singles_of(problem)}
-        changes = {key: store.get(unit.name, unit.levels[level].name) for key, (unit, level) in names.items()}
+        changes = {key: assembler.choices.weights_of(*key, store) for key in singles_of(problem)}
+        changes = {key: each for key, each in changes.items() if each}
         if estimate == "sqnr":
             return curvature.sqnr(program, changes)
         by = curvature.hessian if estimate == "hessian" else curvature.fisher

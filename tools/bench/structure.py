@@ -131,7 +131,7 @@ def measure(task: str, name: str, passes: list[str] | None, share: float, budget
 
     material = deep_language() if task == "language_deep" else KNOWN[task].make()
     if name == _EPOCH:
-        material = replace(material, calibration=_all_images(len(material.calibration[0][0])))
+        material = replace(material, calibration=_all_images())
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     if name == "SliceGPT":
@@ -163,7 +163,7 @@ def measure(task: str, name: str, passes: list[str] | None, share: float, budget
     return figures
 
 
-def _all_images(size: int) -> Any:
+def _all_images(size: int = 8) -> Any:
     from graphopt.demo.data import digits
 
     images = digits().train_images
