@@ -3,7 +3,7 @@
 from graphopt.search import curvature
 from graphopt.search.baselines import greedy, random_search
 from graphopt.search.bisection import Step, bisect, sorted_steps, taken
-from graphopt.search.choices import Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
+from graphopt.search.choices import GONE, Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
 from graphopt.search.evaluator import Candidates, EffectsTask, Evaluator, LossTask, MetricTask, check_metric
 from graphopt.search.evolution import Evolution
 from graphopt.search.front import Front, Point
@@ -15,6 +15,7 @@ from graphopt.search.search import Estimate, Search, Solver
 from graphopt.search.surrogate import Surrogate, correlation, losses_of, singles_of
 
 __all__ = [
+    "GONE",
     "Assembler",
     "Assignment",
     "Candidates",

@@ -44,12 +44,14 @@ class Offer:
         unit: name of the place; passes that decide about the same one call it alike.
         levels: the choices, the first leaves it as it is.
         takes: at which levels the place takes other units away, and these units' names.
+        nodes: the operators whose time the place's is.
         group: places with the same one are decided together, where they have the same levels; empty: alone.
     """
 
     unit: str
     levels: tuple[Level, ...]
     takes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
     group: str = ""
 
 
@@ -66,6 +68,10 @@ class Choosing:
     def chosen(self, levels: Mapping[str, str]) -> Pass | None:
         """Return the pass that makes a choice for good, levels by unit; None where nothing is to be done."""
         raise NotImplementedError
+
+    def sketched(self, levels: Mapping[str, str]) -> Pass | None:
+        """Return a pass that takes as long in the runtime, and is quicker to run."""
+        return self.chosen(levels)
 
 
 class Store:
@@ -106,13 +112,14 @@ class Choices:
     Attributes:
         passes: that decide. problem: the units and what they cost, without limits.
         owners: of each unit, of each level, the pass that makes it; -1: it leaves the unit as it is.
-        members: of each unit, the places that it stands for.
+        members: of each unit, the places that it stands for. nodes: and the operators whose time is theirs.
     """
 
     passes: tuple[Pass, ...]
     problem: Problem
     owners: tuple[tuple[int, ...], ...]
     members: tuple[tuple[str, ...], ...]
+    nodes: tuple[tuple[str, ...], ...]
 
     def levels_of(self, assignment: Assignment) -> list[dict[str, str]]:
         """Return for each pass the places that it changes, with their levels."""
@@ -136,14 +143,15 @@ class Choices:
         """Return what `from_json` reads."""
         plain = dataclasses.asdict(self.problem)
         passes = list(map(str, self.passes))
-        return json.dumps({"passes": passes, "owners": self.owners, "members": self.members, "problem": plain})
+        lists = {"owners": self.owners, "members": self.members, "nodes": self.nodes}
+        return json.dumps({"passes": passes, **lists, "problem": plain})
 
     @staticmethod
     def from_json(text: str) -> Choices:
         known = json.loads(text)
-        owners, members = (tuple(map(tuple, known[name])) for name in ("owners", "members"))
+        lists = (tuple(map(tuple, known[name])) for name in ("owners", "members", "nodes"))
         passes = tuple(parse_pass(each) for each in known["passes"])
-        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), owners, members)
+        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), *lists)
 
 
 def gathered(
@@ -160,6 +168,7 @@ def gathered(
     units: dict[str, list[Level]] = {}
     owners: dict[str, list[int]] = {}
     groups: dict[str, str] = {}
+    nodes: dict[str, tuple[str, ...]] = {}
     takes: list[tuple[str, str, frozenset[str]]] = []
     for index, each in enumerate(passes):
         if not isinstance(each, Choosing):
@@ -174,6 +183,7 @@ def gathered(
             owned += [index] * len(others)
             takes += [(offer.unit, level, names) for level, names in offer.takes.items()]
             groups[offer.unit] = offer.group or groups.get(offer.unit, "")
+            nodes[offer.unit] = tuple(dict.fromkeys([*nodes.get(offer.unit, ()), *offer.nodes]))
     members = _merged(units, owners, groups, takes)
     takes = [(whole, level, names & units.keys()) for whole, level, names in takes]
     for _, _, names in takes:
@@ -193,7 +203,8 @@ def gathered(
     fixed = {name: value - sum(unit.levels[0].costs.get(name, 0.0) for unit in made) for name, value in spent.items()}
     owned_by = tuple(tuple(owners[unit.name]) for unit in made)
     of_units = tuple(members[unit.name] for unit in made)
-    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by, of_units)
+    timed = tuple(tuple(node for name in names for node in nodes[name]) for names in of_units)
+    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by, of_units, timed)
 
 
 def _merged(

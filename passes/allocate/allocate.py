@@ -40,6 +40,8 @@ from pydantic import Field, PositiveInt
 from graphopt.analysis import resources
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Site
+from graphopt.passes.allocate.latency import RESOURCE as LATENCY
+from graphopt.passes.allocate.latency import with_latencies
 from graphopt.pipeline import Branch, Composite, Context, Pass, Recipe, parse_pass
 from graphopt.pipeline.unfinished import run_key
 from graphopt.search import (
@@ -48,6 +50,7 @@ from graphopt.search import (
     Estimate,
     Evaluator,
     Front,
+    Infeasible,
     Point,
     Pool,
     Problem,
@@ -63,6 +66,8 @@ from graphopt.search import (
 
 _BOUNDS = {"average_bits": "bits", "size_ratio": "size_bytes", "macs_ratio": "macs", "params_ratio": "parameters"}
 _CALLS = 3  # of a metric that does not return the same twice, to tell by how much it varies
+_TRIES = 3  # until the latency that was asked for is measured
+_NEARER = 0.98  # of it
 _SHOWN = 200  # points of the front in the trace
 
 
@@ -117,21 +122,31 @@ class Allocate(Composite):
     ) -> tuple[Branch | None, Changes]:
         started = time.perf_counter()
         limits = _limits(context, program)
-        if not limits and context.budget.metric_drop is None:
-            names = ", ".join([*_BOUNDS, "metric_drop"])
+        if not limits and context.budget.latency_ratio is None and context.budget.metric_drop is None:
+            names = ", ".join([*_BOUNDS, "latency_ratio", "metric_drop"])
             raise GraphoptError(f"{self.name} needs to know what must hold: give a budget with one of {names}")
         batches = context.needed_calibration(self.name).first(self.samples)
         with _folder(context) as folder:
             work = _Work.prepared(self, program, context, limits, batches, folder)
-            chosen = work.chosen()
+            for attempt in range(_TRIES):
+                try:
+                    chosen = work.chosen()
+                except Infeasible:
+                    if not attempt:
+                        raise
+                    break  # the bound was lowered too far; what was made before stays
+                passes = work.choices.chosen(chosen.assignment)
+                made = branch(passes, context) if passes else None
+                if not (missed := work.slower(made.program if made is not None else program)):
+                    break
+                work.facts["note"] = missed
             changes = work.changes(chosen)
         spent = {
             "all": time.perf_counter() - started, "levels": work.level_seconds,
             "evaluations": work.evaluator.seconds, "estimates": work.search.estimate_seconds,
         }  # fmt: skip
         changes.facts["seconds"] = {name: round(each, 3) for name, each in spent.items()}
-        passes = work.choices.chosen(chosen.assignment)
-        return (branch(passes, context) if passes else None), changes
+        return made, changes
 
 
 @contextlib.contextmanager
@@ -152,8 +167,6 @@ def _limits(context: Context, program: Program) -> dict[str, float]:
     """Return the most that may be spent of each resource that the budget bounds."""
     whole = resources(context.original or program)
     bounds = context.budget.bounds()
-    if "latency_ratio" in bounds:
-        raise GraphoptError(f"allocate does not know latencies; bound one of {', '.join(_BOUNDS)}")
     found = {_BOUNDS[name]: bound * whole[_BOUNDS[name]] for name, bound in bounds.items() if name in _BOUNDS}
     if "average_bits" in bounds:
         found["bits"] = bounds["average_bits"] * whole["parameters"]
@@ -168,7 +181,6 @@ class _Work:
     context: Context
     program: Program
     choices: Choices
-    problem: Problem
     evaluator: Evaluator
     store: Store
     batches: list[list[Any]]
@@ -208,10 +220,34 @@ class _Work:
             folder, key, program, original, choices, batches, context.seed, context.evaluate
         )
         (folder / "key").write_text(key)
+        if (ratio := context.budget.latency_ratio) is not None:
+            choices = with_latencies(choices, program, context, options.name)
+            limits = limits | {LATENCY: ratio * choices.problem.costs(choices.problem.start)[LATENCY]}
         problem = dataclasses.replace(choices.problem, limits=limits)
         pool = Pool(options.workers, options.cluster, options.timeout)
         evaluator = Evaluator(problem, kept, pool, context.journal, context.progress)
-        return _Work(options, context, program, choices, problem, evaluator, Store(folder), batches, level_seconds)
+        return _Work(options, context, program, choices, evaluator, Store(folder), batches, level_seconds)
+
+    @property
+    def problem(self) -> Problem:
+        return self.evaluator.problem
+
+    def slower(self, made: Program) -> str:
+        """Return by how much a program misses the bound on the latency, or an empty string; the bound is then lowered.
+
+        What a level takes depends on what stands around it: the sum of times only comes near.
+        """
+        asked = self.context.budget.latency_ratio
+        if asked is None:
+            return ""
+        profiles = self.context.timed({"as it is": self.program, "chosen": made})
+        found = profiles["chosen"].latency_ms / max(profiles["as it is"].latency_ms, 1e-9)
+        self.facts["latency_ratio"] = round(found, 4)
+        if found <= asked:
+            return ""
+        limits = {**self.problem.limits, LATENCY: self.problem.limits[LATENCY] * _NEARER * asked / found}
+        self.evaluator.problem = dataclasses.replace(self.problem, limits=limits)
+        return f"budget.latency_ratio ≤ {asked:g} does not hold: {found:.3g} was measured"
 
     # Choosing -----------------------------------------------------------------------------------------------------
 
@@ -241,6 +277,8 @@ class _Work:
 
     def _described(self, resource: str, value: float) -> str:
         whole = resources(self.context.original or self.program)
+        if resource == LATENCY:
+            return f"budget.latency_ratio {value / self.problem.costs(self.problem.start)[LATENCY]:.3g}"
         for name, of in _BOUNDS.items():
             if of == resource and (name == "average_bits") == (resource == "bits"):
                 return f"budget.{name} {value / whole['parameters' if resource == 'bits' else resource]:.4g}"

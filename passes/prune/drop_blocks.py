@@ -129,7 +129,8 @@ class DropBlocks(LossyPass, Choosing):
             after = resources(without)
             costs = {name: was - after[name] for name, was in before.items()}
             gone = frozenset(program.weights.keys() - without.weights.keys())
-            found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}))
+            nodes = tuple(node.name for branch in unit.branches for node in (*branch.body, branch.join))
+            found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}, nodes))
         return found
 
     def restructure(self, program: Program, levels: Mapping[str, str]) -> None:
@@ -138,6 +139,10 @@ class DropBlocks(LossyPass, Choosing):
 
     def chosen(self, levels: Mapping[str, str]) -> DropBlocks | None:
         return replace(self, blocks=tuple(levels), count=None) if levels else None
+
+    def sketched(self, levels: Mapping[str, str]) -> DropBlocks | None:
+        made = self.chosen(levels)
+        return None if made is None else replace(made, resolve=False)
 
     def _take(self, program: Program, units: Sequence[Unit]) -> None:
         rewriter = Rewriter(program, self.name)

@@ -31,11 +31,10 @@ from graphopt.passes.quantize.static import QuantizeStatic
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.marks import DYNAMIC, FLOAT, STATIC, mark
 from graphopt.quantization.schemes import Choice, Option, averaged, choose
+from graphopt.quantization.timing import CONVERSIONS, region_of, site_times
 
 # Two timings of one file differ by so much: a share, and for the smallest models a time.
 _CLEAR_SHARE, _CLEAR_FILE_MS = 0.03, 0.1
-_MERGED = 3  # operators that a runtime merges into the one before: an addition, a clamp
-_CONVERSIONS = frozenset(("graphopt.quantize", "graphopt.dequantize", "graphopt.dynamic_scale"))
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,8 @@ class _Work:
         profiles = self._measure(candidates)
         if not profiles:
             return preferred
-        regions = {name: _region(node, profiles[FLOAT], sites) for name, node in sites.items()}
-        times = {scheme: _site_times(candidates[scheme], profiles[scheme], regions) for scheme in profiles}
+        regions = {name: region_of(node, profiles[FLOAT], sites) for name, node in sites.items()}
+        times = {scheme: site_times(candidates[scheme], profiles[scheme], regions) for scheme in profiles}
         choices = []
         for name, node in sites.items():
             choice = Choice(name, _alike(node))
@@ -248,7 +247,7 @@ def _uniform(scheme: str, chosen: Mapping[str, str], candidates: Mapping[str, Pr
     quantized = {
         node.name
         for node in candidates[scheme].graph.nodes
-        if node.op == "call_function" and any(operator(source) in _CONVERSIONS for source in node.all_input_nodes)
+        if node.op == "call_function" and any(operator(source) in CONVERSIONS for source in node.all_input_nodes)
     }
     return {name: scheme if name in quantized else FLOAT for name in chosen}
 
@@ -259,43 +258,6 @@ def _noise(errors: Mapping[str, Mapping[str, SiteError]], scheme: str, name: str
     if measured is None or scheme == STATIC or measured.local.ratio == 0:
         return own.effect.ratio or own.local.ratio
     return measured.effect.ratio * own.local.ratio / measured.local.ratio
-
-
-def _region(site: fx.Node, profile: Profile, sites: Mapping[str, fx.Node]) -> list[str]:
-    """Return the site, and what follows up to the operator under whose name the float runtime has merged it."""
-    region = [site]
-    while not profile.nodes.get(region[-1].name) and len(region) <= _MERGED and len(region[-1].users) == 1:
-        (user,) = region[-1].users
-        if user.op != "call_function" or user.name in sites:
-            break
-        region.append(user)
-    return [node.name for node in region] if profile.nodes.get(region[-1].name) else [site.name]
-
-
-def _site_times(program: Program, profile: Profile, sites: Mapping[str, list[str]]) -> dict[str, float]:
-    """Return the milliseconds of each site: of its region, and its share of the conversions that it asks for."""
-    found = {name: sum(profile.nodes.get(each, 0.0) for each in region) for name, region in sites.items()}
-    for node in program.graph.nodes:
-        spent = profile.nodes.get(node.name, 0.0)
-        if node.op != "call_function" or node.name in sites or not spent or operator(node) not in _CONVERSIONS:
-            continue
-        readers = [user for user in _readers(node) if user.name in sites]
-        for user in readers:
-            found[user.name] += spent / len(readers)
-    return found
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Return the operators that read a value through conversions."""
-    found: dict[fx.Node, None] = {}
-    stack = [node]
-    while stack:
-        for user in stack.pop().users:
-            if operator(user) in _CONVERSIONS or operator(user) == "getitem":
-                stack.append(user)
-            else:
-                found[user] = None
-    return list(found)
 
 
 def _alike(node: fx.Node) -> tuple[Any, ...]:

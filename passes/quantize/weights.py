@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -183,15 +183,23 @@ class QuantizeWeights(LossyPass, Choosing):
         alone._each(program, weights, context, solve)
         merges = context.target.merges_readers
         return [
-            Offer(str(weight.target), tuple(found[weight]), group=_read_by(sites) if merges else "")
+            Offer(
+                str(weight.target), tuple(found[weight]), nodes=tuple(site.name for site in sites),
+                group=_read_by(sites) if merges else "",
+            )
             for weight, sites in weights.items()
-        ]
+        ]  # fmt: skip
 
     def chosen(self, levels: Mapping[str, str]) -> QuantizeWeights | None:
         """Return the pass that gives each weight the grid it was chosen for, and leaves the others."""
         if not levels:
             return None
         return replace(self, levels=(), grids=dict(levels), only=(*levels,), skip=())
+
+    def sketched(self, levels: Mapping[str, str]) -> QuantizeWeights | None:
+        made = self.chosen(levels)
+        quick: dict[str, Any] = {"objective": "plain", "rounding": "nearest", "range": "minmax", "tune": "none"}
+        return None if made is None else replace(made, **quick)
 
     def _weights(self, program: Program, decline: Callable[[fx.Node, str], object]) -> dict[fx.Node, list[fx.Node]]:
         """Return the weights that can be quantized, with the operators that multiply by them."""

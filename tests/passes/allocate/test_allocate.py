@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import capture
 from graphopt.analysis import resources
+from graphopt.backend import Profile
 from graphopt.calibration import Batches
 from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
-from graphopt.ir import Program
+from graphopt.ir import Program, arguments, operator
 from graphopt.passes import Allocate, QuantizeWeights
 from graphopt.pipeline import Context, run_passes
 from graphopt.pipeline.journal import Journal
@@ -159,7 +160,7 @@ def test_budgets_that_cannot_be_met() -> None:
         allocated(graphopt.Budget(average_bits=1.0))
     with pytest.raises(GraphoptError, match="needs to know what must hold: give a budget with one of average_bits"):
         allocated(graphopt.Budget())
-    with pytest.raises(GraphoptError, match="does not know latencies"):
+    with pytest.raises(GraphoptError, match="nothing can be timed for it here; bound another field"):
         allocated(graphopt.Budget(latency_ratio=0.5))
     with pytest.raises(GraphoptError, match=r"budget.metric_drop needs a metric; pass evaluate="):
         allocated(graphopt.Budget(metric_drop=1.0))
@@ -190,3 +191,31 @@ def test_the_same_seed_gives_the_same_whatever_the_processes_and_interruptions(w
     assert first["allocate"].facts["front"] == second["allocate"].facts["front"]
     assert str(expected) == str(again)
     assert not (tmp_path / "levels").exists()
+
+
+def timed(programs: Mapping[str, Program]) -> dict[str, Profile]:
+    """A runtime in which a linear takes a millisecond in float, half of it on int8, a quarter on fewer bits."""
+    found = {}
+    for name, program in programs.items():
+        nodes = {}
+        for node in program.graph.nodes:
+            if operator(node) == "linear":
+                form = arguments(arguments(node)["weight"]).get("format", "") if arguments(node)["weight"].args else ""
+                nodes[node.name] = {"": 1.0, "int8": 0.5}.get(form, 0.25)
+        found[name] = Profile(0.5 + sum(nodes.values()), nodes)
+    return found
+
+
+@pytest.mark.parametrize("choices", [(LEVELS,), (DROPS, LEVELS)])
+def test_latency_is_bounded_by_what_was_timed(choices: tuple[str, ...]) -> None:
+    program = captured()
+    context = Context(targets.EXACT, Batches(rows(), program), budget=graphopt.Budget(latency_ratio=0.5), measure=timed)
+    after, trace = run_passes(program, [Allocate(**(QUICK | {"choices": choices}))], context)
+    times = timed({"before": program, "after": after})
+    assert times["after"].latency_ms <= 0.5 * times["before"].latency_ms
+    facts = trace["allocate"].facts
+    assert facts["costs"]["latency_ms"] == pytest.approx(times["after"].latency_ms)
+    assert (facts["latency_ratio"] <= 0.5 and "float" in facts["levels"].values()) or len(choices) > 1
+    context.budget = graphopt.Budget(latency_ratio=0.1)
+    with pytest.raises(GraphoptError, match=r"latency_ratio 0.1 is asked and budget.latency_ratio 0.\d+ the least"):
+        run_passes(program, [Allocate(**QUICK)], context)
