@@ -32,6 +32,7 @@ from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.marks import DYNAMIC, FLOAT, STATIC, mark
 from graphopt.quantization.schemes import Choice, Option, averaged, choose
 from graphopt.quantization.timing import CONVERSIONS, region_of, site_times
+from graphopt.search import bisect
 
 # Two timings of one file differ by so much: a share, and for the smallest models a time.
 _CLEAR_SHARE, _CLEAR_FILE_MS = 0.03, 0.1
@@ -222,12 +223,11 @@ class _Work:
             return float(evaluate(self._apply(with_float(count)).module())) >= wanted
 
         with self.context.progress.stage("search sites to keep in float"):
-            if holds(0):
+            # All but one: float everywhere holds.
+            short = bisect(lambda count: not holds(count), len(ranked) - 1)
+            if short < 0:
                 return chosen
-            low, high = 0, len(ranked)  # low does not hold; float everywhere does
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if holds(middle) else (middle, high)
+            high = short + 1
         for name in ranked[:high]:
             reasons[name] = f"kept float for budget.metric_drop = {allowed:g}: among the {high} worst at the outputs"
         self.facts["kept_for_metric"] = ranked[:high]
