@@ -79,7 +79,7 @@ class QuantizeWeights(LossyPass, Choosing):
             stay, and so do these linears.
         spill: keep activations in files between stages.
         tune: none, blocks or model, see above; tune_steps: of Adam, for each block or for all.
-        grids: of single weights, by name, instead of `grid`; `float` leaves one as it is.
+        grids: of single weights, as `name=grid`, instead of `grid`; `name=float` leaves one as it is.
         levels: grids that a search may choose from for each weight (`allocate`).
     """
 
@@ -108,7 +108,7 @@ class QuantizeWeights(LossyPass, Choosing):
     spill: bool = False
     tune: Literal["none", "blocks", "model"] = "none"
     tune_steps: Annotated[int, Field(ge=1)] = 100
-    grids: dict[str, str] = field(default_factory=dict)
+    grids: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,7 +121,9 @@ class QuantizeWeights(LossyPass, Choosing):
                     raise GraphoptError(f"{self.name}.{name}: {error}") from None
                 if name == "embeddings" and form.tabled:
                     raise GraphoptError(f"{self.name}.embeddings cannot be {given}: its tables are for linears")
-        for option, names in (("grids", self.grids.values()), ("levels", self.levels)):
+        if odd := [each for each in self.grids if not all(each.rpartition("=")[::2])]:
+            raise GraphoptError(f"{self.name}.grids: {odd[0]!r} is no name=grid")
+        for option, names in (("grids", self._grids.values()), ("levels", self.levels)):
             for given in names:
                 try:
                     grid(given) if given != "float" else None
@@ -133,6 +135,11 @@ class QuantizeWeights(LossyPass, Choosing):
                 f"{self.name}: rounding={self.rounding!r} weighs inputs against each other; give objective='gram', "
                 "or rounding='nearest'"
             )
+
+    @property
+    def _grids(self) -> dict[str, str]:
+        """Return the grids of single weights by name."""
+        return {name: form for name, _, form in (each.rpartition("=") for each in self.grids)}
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
@@ -194,7 +201,8 @@ class QuantizeWeights(LossyPass, Choosing):
         """Return the pass that gives each weight the grid it was chosen for, and leaves the others."""
         if not levels:
             return None
-        return replace(self, levels=(), grids=dict(levels), only=(*levels,), skip=())
+        grids = tuple(f"{name}={level}" for name, level in levels.items())
+        return replace(self, levels=(), grids=grids, only=(*levels,), skip=())
 
     def sketched(self, levels: Mapping[str, str]) -> QuantizeWeights | None:
         made = self.chosen(levels)
@@ -208,7 +216,7 @@ class QuantizeWeights(LossyPass, Choosing):
             if operator(node) == "linear" or operator(node) in _CONVOLUTIONS:
                 if reason := self.refusal(program, node) or _unfit(program, node):
                     decline(node, reason)
-                elif self.grids.get(str(arguments(node)["weight"].target)) == "float":
+                elif self._grids.get(str(arguments(node)["weight"].target)) == "float":
                     decline(node, "kept float by grids")
                 else:
                     weights.setdefault(arguments(node)["weight"], []).append(node)
@@ -241,7 +249,7 @@ class QuantizeWeights(LossyPass, Choosing):
 
     def choices(self, convolution: bool, table: bool = False, weight: str = "") -> Choices:
         """Return what is to be done with the weight of a convolution or a linear, or of one that is a table as well."""
-        form = grid(self.embeddings if table and self.embeddings else self.grids.get(weight, self.grid))
+        form = grid(self.embeddings if table and self.embeddings else self._grids.get(weight, self.grid))
         group = form.block or (self.conv_group_size if convolution else self.group_size)
         return Choices(
             Form(form, group, self.symmetric, self.range, self.percentile),

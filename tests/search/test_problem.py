@@ -52,7 +52,7 @@ def test_moves_hold_limits_and_ties(drawn: int) -> None:
             assert problem.feasible(child)
             now = child
             reached.add(child)
-    assert len(reached) > 10 and {each[0] for each in reached} == {0, 1}
+    assert len(reached) > 5 and {each[0] for each in reached} == {0, 1}
 
 
 @given(problems(), st.integers(0, 100))

@@ -383,7 +383,7 @@ def test_needs_data_unless_plain() -> None:
 def test_every_weight_on_a_grid_of_its_own() -> None:
     """As `allocate` chooses; a weight that is not named takes the common grid, and float leaves one as it is."""
     module, batches = stack(16, 8, 12, 4), rows()
-    each = QuantizeWeights(grid="int8", grids={"0.weight": "int4", "2.weight": "float"}, group_size=0, **NEAREST)
+    each = QuantizeWeights(grid="int8", grids=("0.weight=int4", "2.weight=float"), group_size=0, **NEAREST)
     program, after, trace = optimized(module, batches, each)
     formats = {n.target: f for n in after.graph.nodes for u in n.users if (f := arguments(u).get("format"))}
     coded = {name: form for name, form in formats.items() if name.endswith("weight")}
@@ -391,4 +391,6 @@ def test_every_weight_on_a_grid_of_its_own() -> None:
     assert after.weight("2.weight") is program.weight("2.weight")
     assert [site.reason for site in trace["quantize_weights"].skipped] == ["kept float by grids"]
     with pytest.raises(GraphoptError, match=r"quantize_weights.grids: there is no grid called 'int9'"):
-        QuantizeWeights(grids={"0.weight": "int9"})
+        QuantizeWeights(grids=("0.weight=int9",))
+    with pytest.raises(GraphoptError, match=r"quantize_weights.grids: 'int4' is no name=grid"):
+        QuantizeWeights(grids=("int4",))
