@@ -262,12 +262,18 @@ class Assembler:
         new: dict[str, Tensor] = {}
         for each in levels:
             for unit, level in each.items():
-                new |= self.store.get(unit, level)
+                for name, value in self.store.get(unit, level).items():
+                    new[name] = _both(new[name], value, self._weights[name]) if name in new else value
         there = self._made.weights.keys()
         for name in (self._swapped | new.keys()) & there:
             assign_weight(self._made.graph_module, name, new.get(name, self._weights[name]))
         self._swapped = set(new)
         return self._made
+
+
+def _both(first: Tensor, second: Tensor, original: Tensor) -> Tensor:
+    """Return a weight with two changes: what the second changes is added where the first has not put a zero."""
+    return torch.where(first == 0, first, first + second - original)
 
 
 def _restructures(one: Pass) -> bool:

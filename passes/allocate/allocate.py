@@ -371,7 +371,11 @@ class _Work:
         self.search.facts |= {
             "levels": names, "loss": chosen.loss, "origin": chosen.origin, "costs": chosen.costs,
             "resource": next(iter(self.problem.limits), "size_bytes"),
-            "bits": {name: each["bits"] / each["parameters"] for name, each in spent.items() if each.get("parameters")},
+            "bits": {
+                name: each["bits"] / each["parameters"]
+                for name, each in spent.items()
+                if "bits" in each and each.get("parameters")
+            },
             "evaluated": self.evaluator.evaluated / max(self.evaluator.pieces, 1), "metrics": self.evaluator.metrics,
         }  # fmt: skip
         if chosen.metric is not None:

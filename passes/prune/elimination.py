@@ -15,7 +15,7 @@ readers of one space add up their costs, each relative to what its target varies
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -169,13 +169,18 @@ class Unfitted:
 
 
 def eliminate(
-    fits: Sequence[Fit | Unfitted], coordinates: int, remove: int, fibres: int = 1
+    fits: Sequence[Fit | Unfitted],
+    coordinates: int,
+    remove: int,
+    fibres: int = 1,
+    show: Mapping[int, Callable[[], None]] | None = None,
 ) -> tuple[Tensor, list[float]]:
     """Remove coordinates from all fits that read them, each time those that cost least, one of every fibre.
 
     Args:
         fits: readers of one space of `coordinates` coordinates, as many in each of `fibres` fibres, fibre after fibre.
         remove: how many go of each fibre.
+        show: is called when so many of each fibre are gone and the fits are what is left then.
 
     Returns which go [remove, fibres], numbered within their fibre, first first, and the sum of relative errors after
     0, 1, 2 ... of each fibre.
@@ -191,9 +196,12 @@ def eliminate(
             costs.index_add_(0, left, found)
         costs[(first + gone).flatten()] = torch.inf
         count = max(1, (remove - len(gone)) // _AT_ONCE)
+        count = min([count, *(stop - len(gone) for stop in show or () if stop > len(gone))])
         chosen = costs.view(fibres, -1).argsort(dim=-1, stable=True)[:, :count].mT
         for fit in fits:
             fit.remove((first + chosen).flatten().tolist())
         gone = torch.cat([gone, chosen])
+        if show and len(gone) in show:
+            show[len(gone)]()
         errors += [max(sum(fit.error() for fit in fits) - start, 0.0)] * count
     return gone, errors

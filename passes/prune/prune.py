@@ -14,7 +14,7 @@ Lossy. The result is a smaller dense graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,16 +25,18 @@ from torch import Tensor, fx
 from graphopt.analysis import macs, parameters
 from graphopt.analysis.spaces import Analysis, Space, analyze
 from graphopt.analysis.spaces.axes import axis_size
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, nearest
 from graphopt.ir import Changes, Program, Rewriter
 from graphopt.passes.prune.allocation import Bound, admissible, allocate, bounds_of, told
 from graphopt.passes.prune.candidates import Candidate, Costs, find_candidates
 from graphopt.passes.prune.deletion import Deletion
 from graphopt.passes.prune.latency import LatencyTable, latency_of
+from graphopt.passes.prune.offers import width_offers
 from graphopt.passes.prune.ranking import by_criterion, by_reconstruction
 from graphopt.passes.prune.refit import fittable, in_order, joined, output_dim, refit
 from graphopt.passes.prune.rotation import spread, turn
 from graphopt.pipeline import Context, LossyPass, site_names
+from graphopt.search import Choosing, Offer, Store
 
 _ORDER = "prune(ratio=...)"
 _TRIES = 6  # widths whose latency is measured
@@ -46,7 +48,7 @@ Name = Literal[
 
 
 @dataclass(frozen=True)
-class Prune(LossyPass):
+class Prune(LossyPass, Choosing):
     """Prune widths.
 
     Attributes:
@@ -61,6 +63,8 @@ class Prune(LossyPass):
         floor: share of each space that stays at least.
         multiple: widths are multiples of it where that leaves a choice; 0: of what the target's kernels like.
         spill: keep activations in files between stages.
+        widths: of single spaces, as `space=width`; others stay whole (`allocate` chooses so).
+        shares: of each space that a search may let stay.
     """
 
     # The last three let residual streams be turned.
@@ -74,6 +78,8 @@ class Prune(LossyPass):
     floor: Annotated[float, Field(gt=0, le=1)] = 0.1
     multiple: Annotated[int, Field(ge=0)] = 0
     spill: bool = False
+    widths: tuple[str, ...] = ()
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
 
     def run(self, program: Program, context: Context) -> Changes:
         rewriter = Rewriter(program, self.name)
@@ -84,10 +90,13 @@ class Prune(LossyPass):
         if not candidates:
             rewriter.decline("program", "it has no width that can be pruned")
             return rewriter.finish()
-        if not self._goes(program, candidates, context):
+        if self.widths:
+            named = self._named(candidates)
+            candidates = [each for each in candidates if each.space.name in named]
+        elif not self._goes(program, candidates, context):
             return rewriter.finish()
         turned = set()
-        if self.turn and context.calibration is not None:
+        if self.turn and not self.widths and context.calibration is not None:
             turned = turn(rewriter, analysis, candidates, context)
             analysis = analyze(program)
             candidates = self._candidates(program, analysis, lambda *_: None)
@@ -113,6 +122,35 @@ class Prune(LossyPass):
         if turned:
             spread(rewriter, turned, context.seed)
         return rewriter.finish()
+
+    def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
+        """Return widths to choose from for spaces inside of blocks."""
+        if not self.shares:
+            raise GraphoptError(f"{self.name} has no levels to choose from; give shares=[0.75, 0.5]")
+        analysis = analyze(program)
+        candidates = replace(self, streams=False)._candidates(program, analysis, lambda *_: None)
+        allowed = self._allowed(candidates, self.multiple or context.target.width_multiple)
+        widths = {space: _nearest(each, self.shares) for space, each in allowed.items()}
+        candidates = [each for each in candidates if widths[each.space]]
+        return width_offers(program, analysis, candidates, widths, context, store, self.spill)
+
+    def chosen(self, levels: Mapping[str, str]) -> Prune | None:
+        widths = tuple(f"{name}={level.removeprefix('width ')}" for name, level in levels.items())
+        return replace(self, widths=widths, shares=(), ratio=None, streams=False) if widths else None
+
+    def _named(self, candidates: Sequence[Candidate]) -> dict[str, int]:
+        """Return the widths that are given by name."""
+        sizes = {each.space.name: each.space.size for each in candidates}
+        found = {}
+        for each in self.widths:
+            name, _, width = each.rpartition("=")
+            if name not in sizes:
+                near = nearest(name, sizes)
+                raise GraphoptError(f"{self.name}: there is no space {name!r} that can lose width{near}")
+            if not width.isdigit() or not 0 < int(width) <= sizes[name]:
+                raise GraphoptError(f"{self.name}: {name} cannot have the width {width!r}; it has {sizes[name]}")
+            found[name] = int(width)
+        return found
 
     def _candidates(
         self, program: Program, analysis: Analysis, decline: Callable[[Space, str], Any]
@@ -148,7 +186,10 @@ class Prune(LossyPass):
         self, program: Program, analysis: Analysis, candidates: Sequence[Candidate], context: Context
     ) -> dict[Space, Tensor]:
         """Return which coordinates stay, of the spaces that lose any; GraphoptError where no widths meet the budget."""
-        if self.ratio is not None:
+        if self.widths:
+            named = self._named(candidates)
+            widths = least = {each.space: named[each.space.name] for each in candidates}
+        elif self.ratio is not None:
             allowed = self._allowed(candidates, self.multiple or context.target.width_multiple)
             widths = least = {space: self._by_ratio(each) for space, each in allowed.items()}
         else:
@@ -158,7 +199,7 @@ class Prune(LossyPass):
             orders = by_reconstruction(program, candidates, least, context, self.spill)
         else:
             orders = by_criterion(program, candidates, self.criterion, context, self.spill)
-        if self.ratio is None:
+        if self.ratio is None and not self.widths:
             errors = {s: {width: orders[s].errors[s.size - width] for width in each} for s, each in allowed.items()}
             widths = self._timed(lambda now: allocate(errors, allowed, now), bounds)
         return {space: orders[space].kept(space, width) for space, width in widths.items() if width < space.size}
@@ -218,6 +259,12 @@ class Prune(LossyPass):
         if not held:
             return ""
         return f"; {held[max(held, key=lambda space: len(space.members) * space.size)]}"
+
+
+def _nearest(allowed: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Return the admissible widths nearest to shares of the first, which is the whole, descending, without that."""
+    found = {min(allowed, key=lambda width: (abs(width - share * allowed[0]), width)) for share in shares}
+    return sorted(found - {allowed[0]}, reverse=True)
 
 
 def _along(one: Space, other: Space) -> bool:

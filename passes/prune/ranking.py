@@ -51,7 +51,7 @@ def by_criterion(
     """Return orders by one of the criteria that give every coordinate a number."""
     criterion = CRITERIA[name]
     gradients = taylor_terms(program, candidates, context) if criterion.gradients else {}
-    equations = _equations(program, candidates, context, spill) if criterion.inputs else {}
+    equations = equations_of(program, candidates, context, spill) if criterion.inputs else {}
     products = _products(program, candidates, context) if criterion.inputs else {}
     found = {}
     for each in candidates:
@@ -76,7 +76,7 @@ def by_reconstruction(
 
     def eliminated(each: Candidate) -> Order:
         fits: list[Fit | Unfitted] = list(products.get(each.space, ()))
-        fits += [fit for reader in each.readers for fit in _fits(program, reader, equations[reader.site])]
+        fits += [fit for reader in each.readers for fit in fits_of(program, reader, equations[reader.site])]
         size, fibres = each.space.size, each.fibres
         gone, errors = eliminate(fits, each.coordinates, size - least[each.space], fibres)
         return Order(gone.view(-1, *each.space.fibres), errors)
@@ -102,7 +102,7 @@ def by_reconstruction(
     return found
 
 
-def _equations(
+def equations_of(
     program: Program, candidates: Sequence[Candidate], context: Context, spill: bool
 ) -> dict[fx.Node, list[Normal]]:
     """Return the normal equations of all readers in the program as it is."""
@@ -129,7 +129,7 @@ def _update(program: Program, equations: dict[fx.Node, list[Normal]], read: Read
         normal.update(own, wanted)
 
 
-def _fits(program: Program, reader: Reader, normals: Sequence[Normal]) -> list[Fit | Unfitted]:
+def fits_of(program: Program, reader: Reader, normals: Sequence[Normal]) -> list[Fit | Unfitted]:
     """Return what is left of a reader, for each of its parts."""
     fits: list[Fit | Unfitted] = []
     for normal, matrix, labels in zip(normals, given_matrix(program, reader.site), reader.labels, strict=True):

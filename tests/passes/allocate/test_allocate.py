@@ -20,7 +20,7 @@ from graphopt.calibration import Batches
 from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program, arguments, operator
-from graphopt.passes import Allocate, QuantizeWeights
+from graphopt.passes import Allocate, Prune, QuantizeWeights
 from graphopt.pipeline import Context, run_passes
 from graphopt.pipeline.journal import Journal
 from graphopt.pipeline.trace import Trace
@@ -219,3 +219,33 @@ def test_latency_is_bounded_by_what_was_timed(choices: tuple[str, ...]) -> None:
     context.budget = graphopt.Budget(latency_ratio=0.1)
     with pytest.raises(GraphoptError, match=r"latency_ratio 0.1 is asked and budget.latency_ratio 0.\d+ the least"):
         run_passes(program, [Allocate(**QUICK)], context)
+
+
+WIDTHS = "prune(shares=[0.75, 0.5, 0.25], multiple=1)"
+
+
+def test_widths_are_levels() -> None:
+    """The widths that matter least go, and a candidate is what the pass makes of it."""
+    program, trace = allocated(graphopt.Budget(macs_ratio=0.6), choices=(WIDTHS,))
+    assert resources(program)["macs"] <= 0.6 * resources(captured())["macs"]
+    facts = trace["allocate"].facts
+    assert facts["costs"]["macs"] == resources(program)["macs"]
+    assert facts["costs"]["parameters"] == resources(program)["parameters"]
+    assert loss(program) < 3 * facts["loss"] + 1e-6
+    uniform, _ = run_passes(
+        captured(), [Prune(ratio=0.5, multiple=1, streams=False, turn=False)],
+        Context(targets.EXACT, Batches(rows(), captured())),
+    )  # fmt: skip
+    assert loss(program) < loss(uniform)
+
+
+def test_widths_and_bits_together() -> None:
+    bound = graphopt.Budget(average_bits=8, params_ratio=0.7)
+    program, trace = allocated(bound, choices=(WIDTHS, LEVELS))
+    names = trace["allocate"].facts["levels"]
+    assert any(level.startswith("width") for level in names.values())
+    assert resources(program)["bits"] <= 8 * resources(captured())["parameters"]
+    assert resources(program)["parameters"] <= 0.7 * resources(captured())["parameters"]
+    assert {"prune", "quantize_weights"} <= {record.name for record in trace}
+    assert len(trace["quantize_weights"].touched) == sum(level.startswith("int") for level in names.values())
+    assert loss(program) < 3 * trace["allocate"].facts["loss"] + 1e-6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from graphopt.passes import Prune
 from graphopt.passes.prune.criteria import CRITERIA
 from graphopt.pipeline import Context, run_passes
 from graphopt.pipeline.trace import Trace
+from graphopt.search import Store
 
 Given = list[tuple[Tensor, ...]]
 TARGET = dataclasses.replace(targets.EXACT, width_multiple=1)
@@ -381,3 +383,22 @@ def test_every_step_down_is_counted_as_the_program_will_be() -> None:
         widths = {space: made[space.name][1] for space in spaces if space.name in made}
         costs = Costs(program, analysis)
         assert costs.macs(widths) == macs(after) and costs.parameters(widths) == parameters(after)
+
+
+def test_widths_by_name() -> None:
+    """As `allocate` chooses; spaces that are not named stay whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5)).eval()
+    batches = [(torch.randn(32, 6),) for _ in range(4)]
+    program = capture(model, batches[0])
+    context = Context(targets.EXACT, calibration=Batches(batches, program), strict=True)
+    names = list(run_passes(program, [Prune(ratio=0.5, multiple=1)], context)[1]["prune"].facts["widths"])
+    _, trace = run_passes(program, [Prune(widths=(f"{names[0]}=9",))], context)
+    (width,) = trace["prune"].facts["widths"].values()
+    assert width[1] == 9
+    with pytest.raises(GraphoptError, match="no space 'nothing' that can lose width"):
+        run_passes(program, [Prune(widths=("nothing=3",))], context)
+    with pytest.raises(GraphoptError, match="cannot have the width '99'; it has"):
+        run_passes(program, [Prune(widths=(f"{names[0]}=99",))], context)
+    with pytest.raises(GraphoptError, match="has no levels to choose from; give shares="):
+        Prune().offers(program, context, Store(Path()))
