@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 from graphopt.budget import Budget
 from graphopt.calibration import Batches, check_source
 from graphopt.capture import capture
-from graphopt.errors import GraphoptError, described
+from graphopt.errors import GraphoptError
 from graphopt.files import check_replaceable
 from graphopt.ir.program import Program
+from graphopt.metric import rated
 from graphopt.pipeline import Context, Pass, Recipe, as_recipe, backend, builtin, run_passes
 from graphopt.pipeline import target as target_by_name
 from graphopt.pipeline.journal import Journal
@@ -103,11 +103,11 @@ def optimize(
             progress=shown,
         )
         try:
-            before = _metric(evaluate, program, "the original model", seed) if evaluate else None
+            before = rated(evaluate, program, "the original model", seed, finite=True) if evaluate else None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 optimized, trace = run_passes(program, chosen.passes, context, unfinished=unfinished)
-            after = _metric(evaluate, optimized, "the optimized model", seed) if evaluate else None
+            after = rated(evaluate, optimized, "the optimized model", seed, finite=True) if evaluate else None
             notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
             result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
             result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
@@ -171,32 +171,3 @@ def _check_needs(recipe: Recipe, given: Mapping[str, Any]) -> None:
             if given[need] is None:
                 who = f"the pass {each.name}" + (f", which {inserted} requires," if inserted else "")
                 raise GraphoptError(f"{who} needs {need}; pass {need}= to optimize")
-
-
-def _metric(evaluate: Callable[[Any], float], program: Program, what: str, seed: int) -> float:
-    held = _identities(program)
-    try:
-        # Seeded alike for both models: a metric that draws numbers compares them on the same ones.
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            value = float(evaluate(program.module()))
-    except GraphoptError:
-        raise
-    except Exception as error:
-        raise GraphoptError(f"evaluate failed on {what}: {described(error)}") from error
-    if _identities(program) != held:
-        raise GraphoptError(
-            f"evaluate changed the weights of {what}; let it train or convert copy.deepcopy(model) instead"
-        )
-    if not math.isfinite(value):
-        kind = "NaN" if math.isnan(value) else "infinity"
-        raise GraphoptError(f"evaluate returned {kind} on {what}; return a finite number, higher is better")
-    return value
-
-
-def _identities(program: Program) -> dict[str, tuple[Any, ...]]:
-    """What changes when somebody writes to a weight, or moves it to another type or device."""
-    return {
-        name: (weight.data_ptr(), weight.dtype, weight.device, None if weight.is_inference() else weight._version)
-        for name, weight in program.weights.items()
-    }

@@ -4,7 +4,7 @@ from graphopt.search import curvature
 from graphopt.search.baselines import greedy, random_search
 from graphopt.search.bisection import Step, bisect, sorted_steps, taken
 from graphopt.search.choices import GONE, Assembler, Choices, Choosing, Offer, Store, StoredCandidates, gathered
-from graphopt.search.evaluator import Candidates, EffectsTask, Evaluator, LossTask, MetricTask, check_metric
+from graphopt.search.evaluator import Candidates, EffectsTask, Evaluator, LossTask, MetricTask
 from graphopt.search.evolution import Evolution
 from graphopt.search.front import Front, Point
 from graphopt.search.integer import integer_program, with_pairs
@@ -48,7 +48,6 @@ __all__ = [
     "Work",
     "additive",
     "bisect",
-    "check_metric",
     "correlation",
     "curvature",
     "gathered",

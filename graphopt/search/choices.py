@@ -22,14 +22,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from graphopt.calibration.judge import Judge, targets_of
-from graphopt.errors import GraphoptError, described, first_line
+from graphopt.errors import GraphoptError, first_line
 from graphopt.files import replacing, write_text
 from graphopt.ir import Program
 from graphopt.ir.program import assign_weight
+from graphopt.metric import rated
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.registry import parse_pass
-from graphopt.search.evaluator import EffectsTask, LossTask, MetricTask, check_metric
+from graphopt.search.evaluator import EffectsTask, LossTask, MetricTask
 from graphopt.search.problem import Assignment, Level, Problem, Tie, Unit
 
 _ROWS = 64  # of each output of a piece, where effects are compared
@@ -346,12 +347,4 @@ class Judged:
 
     def _metric(self, program: Program) -> float:
         assert self.evaluate is not None
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                value = self.evaluate(program.module())
-        except GraphoptError:
-            raise
-        except Exception as error:
-            raise GraphoptError(f"evaluate failed on a candidate: {described(error)}") from error
-        return check_metric(value, "a candidate")
+        return rated(self.evaluate, program, "a candidate", self.seed)

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from graphopt.errors import GraphoptError
 from graphopt.pipeline.journal import Journal
 from graphopt.progress import Progress, Silent
 from graphopt.search.pool import Lost, Pool, Work
@@ -218,13 +217,3 @@ class _Timed:
 
             self._loaded = timed
         return self._loaded
-
-
-def check_metric(value: Any, what: str) -> float:
-    """Return a metric as a number; GraphoptError says what is wrong with it."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise GraphoptError(
-            f"evaluate returned {type(value).__name__} on {what}; return one number, higher is better"
-        ) from None

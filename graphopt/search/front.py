@@ -15,10 +15,9 @@ class Point:
 
     Attributes:
         assignment: the level of each unit.
-        loss: what it loses, by true evaluation unless `estimated`.
+        loss: what it loses, by true evaluation.
         costs: what it spends of each resource.
         origin: who proposed it: `integer program`, `evolution, generation 7`.
-        estimated: whether the loss is a sum of estimates.
         metric: the user's, where it was asked.
     """
 
@@ -26,7 +25,6 @@ class Point:
     loss: float
     costs: dict[str, float]
     origin: str
-    estimated: bool = False
     metric: float | None = None
 
 
@@ -39,16 +37,13 @@ class Front:
     """
 
     points: list[Point] = field(default_factory=list)
-    _known: dict[Assignment, int] = field(default_factory=dict, repr=False)
+    _known: set[Assignment] = field(default_factory=set, repr=False)
 
     def add(self, point: Point) -> None:
-        """Keep a candidate; of an assignment that is known already the first stays, unless that was an estimate."""
-        at = self._known.get(point.assignment)
-        if at is None:
-            self._known[point.assignment] = len(self.points)
+        """Keep a candidate; of an assignment that is known already the first stays."""
+        if point.assignment not in self._known:
+            self._known.add(point.assignment)
             self.points.append(point)
-        elif self.points[at].estimated and not point.estimated:
-            self.points[at] = point
 
     def update(self, points: Iterable[Point]) -> None:
         for point in points:
@@ -65,7 +60,7 @@ class Front:
         kept: list[Point] = []
         least = math.inf
         for point in sorted(self.points, key=lambda each: (each.costs.get(resource, 0.0), each.loss)):
-            if not point.estimated and point.loss < least:
+            if point.loss < least:
                 least = point.loss
                 kept.append(point)
         return kept

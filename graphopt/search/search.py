@@ -173,12 +173,11 @@ class Search:
 
     def correlate(self, surrogate: Surrogate, front: Front) -> None:
         """Report how well models of whole candidates follow their true losses."""
-        points = [each for each in front if not each.estimated]
-        true = [each.loss for each in points]
+        true = [each.loss for each in front]
         alone = dataclasses.replace(surrogate, singles={})
         models = {"sum of single losses": alone} | ({"with pairs": surrogate} if surrogate.singles else {})
         self.facts["correlations"] |= {
-            name: _rounded(correlation([model(each.assignment) for each in points], true))
+            name: _rounded(correlation([model(each.assignment) for each in front], true))
             for name, model in models.items()
         }
 

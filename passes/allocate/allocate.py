@@ -211,6 +211,7 @@ class _Work:
         if (folder / "key").exists() and (folder / "key").read_text() == key and known.exists():
             choices = Choices.from_json(known.read_text())
         else:
+            (folder / "key").unlink(missing_ok=True)  # half of these levels are no use to another search
             passes = Recipe("", tuple(map(parse_pass, options.choices))).keeping_float(options.skip).passes
             with context.progress.stage("compute levels"):
                 choices = gathered(passes, program, context, Store(folder), resources(program))

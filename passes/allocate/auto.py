@@ -21,15 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from pydantic import PositiveInt
 
 from graphopt.analysis import file_bytes, macs, parameter_bytes, parameters, weight_bits
 from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, NotExpressible
 from graphopt.ir import Changes, Program, Site
+from graphopt.metric import rated
 from graphopt.pipeline import Branch, Composite, Context, Pass, Recipe, parse_pass
-from graphopt.search import check_metric
 
 _TRANSFORMED = "best_of(alternatives=[['equalize'], ['smooth'], ['smooth', 'rotate']])"
 _INT8 = (_TRANSFORMED, "quantize_embedding", "choose_schemes", "quantize_static", "quantize_dynamic")
@@ -112,6 +111,8 @@ class _Work:
     def found(self) -> Tried:
         """Return the first attempt that holds the budget, or that which misses it least."""
         tried: list[Tried] = []
+        if self.context.evaluate is not None:  # what is wrong with the metric is known before any work is done
+            self._before = self._metric(self.context.original or self.program, "the original model")
         for attempt in self._attempts(tried):
             started = time.perf_counter()
             so_far = _best(tried) if tried else None
@@ -226,18 +227,15 @@ class _Work:
                 if profiles["float"].size_bytes:
                     self._float_bytes = profiles["float"].size_bytes
                     found["size_ratio"] = profiles["tried"].size_bytes / profiles["float"].size_bytes
-        if context.evaluate is not None:
-            if self._before is None:
-                self._before = self._metric(original, "the original model")
+        if self._before is not None:
             found["metric_drop"] = self._before - self._metric(program, "a candidate")
         return found
 
     def _metric(self, program: Program, what: str) -> float:
         evaluate = self.context.evaluate
         assert evaluate is not None
-        with self.context.progress.stage("evaluate"), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.context.seed)
-            return check_metric(evaluate(program.module()), what)
+        with self.context.progress.stage("evaluate"):
+            return rated(evaluate, program, what, self.context.seed)
 
     def _save(self, program: Program) -> None:
         """Keep the best so far; a full disk costs that, not the run."""

@@ -42,6 +42,7 @@ from graphopt.calibration.collect import observe
 from graphopt.calibration.judge import Judge
 from graphopt.errors import GraphoptError, nearest
 from graphopt.ir import Changes, Program, Rewriter, arguments, operator
+from graphopt.metric import rated
 from graphopt.passes.prune.allocation import bounds_of, told
 from graphopt.passes.prune.latency import latency_of
 from graphopt.passes.prune.refit import added_to, fittable, in_order, refit
@@ -314,8 +315,8 @@ class _Choice:
         evaluate = self.context.evaluate
         if evaluate is None:
             raise GraphoptError("drop_blocks(judge='metric') needs a metric; pass evaluate=")
-        best = float(evaluate(self.program.module()))
-        return lambda made: best - float(evaluate(made.module()))
+        best = rated(evaluate, self.program, "the program", self.context.seed, finite=True)
+        return lambda made: best - rated(evaluate, made, "a candidate", self.context.seed)
 
     def _first(self, ordered: Sequence[Unit]) -> list[Unit]:
         return next(list(ordered[:n]) for n in range(len(ordered) + 1) if self._enough(ordered[:n]))

@@ -26,6 +26,7 @@ from graphopt.backend import Profile
 from graphopt.errors import GraphoptError
 from graphopt.ir import Changes, Program, Site, arguments, operator
 from graphopt.memory import release_freed
+from graphopt.metric import rated
 from graphopt.passes.quantize.dynamic import QuantizeDynamic
 from graphopt.passes.quantize.static import QuantizeStatic
 from graphopt.pipeline import Context, LossyPass
@@ -214,13 +215,13 @@ class _Work:
         ranked = [name for name in errors.get(STATIC, {}) if chosen.get(name, FLOAT) != FLOAT]
         if allowed is None or evaluate is None or not ranked:
             return chosen
-        wanted = float(evaluate(self.program.module())) - allowed
+        wanted = rated(evaluate, self.program, "the program", self.context.seed) - allowed
 
         def with_float(count: int) -> dict[str, str]:
             return chosen | dict.fromkeys(ranked[:count], FLOAT)
 
         def holds(count: int) -> bool:
-            return float(evaluate(self._apply(with_float(count)).module())) >= wanted
+            return rated(evaluate, self._apply(with_float(count)), "a candidate", self.context.seed) >= wanted
 
         with self.context.progress.stage("search sites to keep in float"):
             # All but one: float everywhere holds.

@@ -95,7 +95,7 @@ def test_costs_are_those_of_the_program(seed: int, made: tuple[Program, Context,
     assert choices.problem.costs(choices.problem.start) == pytest.approx(resources(program))
 
 
-def test_a_decoder_with_tied_weights_and_shared_blocks(tmp_path: Path) -> None:
+def test_a_decoder_with_tied_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Decoder(width=16).eval()
     module.head.weight = module.table.weight
