@@ -17,6 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import records
-from environments import ROOT
+from environments import ROOT, python_of
 from rows import measure_row
 
 RESULTS = ROOT / "runs" / "bench" / "allocation.jsonl"
 IMAGES = ("digits_cnn", "digits_depthwise", "digits_vit")
 _SAMPLES, _EVALUATIONS = 32, 50
+_GROUP_SIZE = 64  # of peers; what our levels have anyway
 _TOTAL = 150  # evaluations of EvoPress: no less than the others take, units tried alone included
 
 
@@ -39,7 +43,8 @@ class Setting:
 
     Attributes:
         choices: passes that offer levels. resource: what is bounded. uniform: the level to compare with, the best that
-            everything can be at. times: what it costs, times this, is the bound.
+            everything can be at. times: what it costs, times this, is the bound. peers: peers choose, too; they take
+            the linears of a decoder, and a bound that is `uniform` itself.
     """
 
     name: str
@@ -48,6 +53,11 @@ class Setting:
     resource: str
     uniform: str
     times: float = 1.0
+    peers: bool = False
+
+    @property
+    def methods(self) -> list[str]:
+        return [each for each in METHODS if self.peers or each not in PEERS]
 
 
 _LANGUAGE = "quantize_weights(levels=['int8', 'int6', 'int4', 'int3', 'int2'])"
@@ -55,12 +65,17 @@ _MIXED = "quantize_weights(levels=['int8', 'int4'])"
 _LOW = "quantize_weights(levels=['int4', 'int3', 'int2', 'ternary'])"
 _LAYERS, _BRANCHES = "drop_blocks(resolve=False)", "drop_blocks(unit='branches', resolve=False)"
 SETTINGS = (
-    Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3"),
+    Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3", peers=True),
     Setting("8 layers, bits alone", "language_deep", (_LOW,), "bits", "ternary", 1.15),
     Setting("8 layers, layers and bits", "language_deep", (_LAYERS, _LOW), "bits", "ternary", 1.15),
     Setting("8 layers, branches and bits", "language_deep", (_BRANCHES, _LOW), "bits", "ternary", 1.15),
     *(Setting(f"{task}, 1.5 times the bytes of int4", task, (_MIXED,), "size_bytes", "int4", 1.5) for task in IMAGES),
 )
+PEERS = {  # name: environment, method of children/choose_bits.py
+    "AutoRound AutoScheme": ("autoround", "scheme"),
+    "AutoQuantize, gradients": ("modelopt", "gradient"),
+    "AutoQuantize, divergence": ("modelopt", "divergence"),
+}
 METHODS: dict[str, tuple[Any, Any] | None] = {  # name: solver, estimate
     "uniform": None,
     "random": ("random", "divergence"),
@@ -72,6 +87,7 @@ METHODS: dict[str, tuple[Any, Any] | None] = {  # name: solver, estimate
     "with pairs, integer program": ("integer", "interaction"),
     "with pairs, evolution": ("evolution", "interaction"),
     "EvoPress": None,
+    **dict.fromkeys(PEERS),
 }
 
 
@@ -106,14 +122,17 @@ def measure(setting: Setting, methods: list[str]) -> list[dict[str, Any]]:
         judge = Judge(program, Batches(material.heldout, program), 10**6)
         rows = []
         for method in methods:
-            figures = {"levels_seconds": seconds, **_chosen(setting, method, problem, kept, program, assembler)}
+            chosen = _chosen(setting, method, problem, kept, program, assembler, material)
+            figures = {"levels_seconds": seconds, **chosen}
             made = assembler(tuple(figures["assignment"]))
             figures |= {"heldout": judge(made), "ratio": limit / problem.costs(problem.start)[setting.resource]}
             rows.append({"method": method, **figures})
     return rows
 
 
-def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any, assembler: Any) -> dict[str, Any]:
+def _chosen(
+    setting: Setting, method: str, problem: Any, kept: Any, program: Any, assembler: Any, material: Any
+) -> dict[str, Any]:
     from evopress import evolve
 
     from graphopt.search import Evaluator, Search, curvature, singles_of
@@ -138,6 +157,8 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
     elif method == "EvoPress":
         start = problem.uniform(setting.uniform)
         best = evolve(evaluator, start, _TOTAL, setting.resource, 0)
+    elif method in PEERS:
+        best = _by_peer(method, problem, setting.uniform, material)
     else:
         solver, estimate = METHODS[method]  # type: ignore[misc]
         search = Search(evaluator, solver, estimate, others, _EVALUATIONS, compare=("sqnr", "fisher", "hessian"))
@@ -152,6 +173,34 @@ def _chosen(setting: Setting, method: str, problem: Any, kept: Any, program: Any
         "evaluations": evaluator.evaluated / evaluator.pieces, "correlations": facts,
         "costs": problem.costs(best), "overhead": 1 - evaluator.busy / max(seconds, 1e-9),
     }  # fmt: skip
+
+
+def _by_peer(method: str, problem: Any, uniform: str, material: Any) -> tuple[int, ...]:
+    """Return the assignment with the bits that a peer gives to each linear of a decoder."""
+    import torch
+    from language.names import transformers_names, transformers_sizes
+    from safetensors.torch import save_file
+
+    environment, name = PEERS[method]
+    names = transformers_names(material.model.shape)
+    weights = {names[each]: value.detach().clone() for each, value in material.model.state_dict().items()}
+    weights["calibration"] = torch.cat([inputs[0] for inputs in material.calibration])
+    levels = [level.name for level in problem.units[0].levels[1:]]
+    with tempfile.TemporaryDirectory(prefix="graphopt-bench-") as made:
+        folder = Path(made)
+        save_file(weights, folder / "weights")
+        job = {
+            "weights": str(folder / "weights"), "result": str(folder / "result.json"), "method": name,
+            "sizes": transformers_sizes(material.model.shape), "widths": [int(each[3:]) for each in levels],
+            "group_size": _GROUP_SIZE, "average_bits": float(uniform[3:]),
+        }  # fmt: skip
+        (folder / "job.json").write_text(json.dumps(job))
+        child = Path(__file__).parent / "children" / "choose_bits.py"
+        command: list[str | Path] = [python_of(environment), "-P", child, folder / "job.json"]
+        subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=sys.stderr)
+        bits = json.loads((folder / "result.json").read_text())["bits"]
+    chosen = [bits.get(names[unit.name].removesuffix(".weight"), 16) for unit in problem.units]
+    return tuple(0 if each == 16 else 1 + levels.index(f"int{each}") for each in chosen)
 
 
 def speed() -> dict[str, Any]:
@@ -194,10 +243,12 @@ def _batches(kept: Any) -> Any:
     return torch.load(kept.folder / "data.pt", weights_only=True)["batches"]
 
 
-def run(names: list[str], methods: list[str]) -> None:
+def run(names: list[str], methods: list[str] | None) -> None:
     """Measure settings one after the other, each in a process of its own; rows are written when a setting is done."""
     for name in names:
-        measure_row(__file__, RESULTS, [name, methods], task=name)
+        setting = next(each for each in SETTINGS if each.name == name)
+        known = [each for each in setting.methods if methods is None or each in ("uniform", *methods)]
+        measure_row(__file__, RESULTS, [name, known], task=name)
 
 
 def tables() -> str:
@@ -207,7 +258,8 @@ def tables() -> str:
         "# Levels chosen under a budget", "",
         "Written by `tools/bench/allocation.py --docs`. All rows of a table choose among the same levels, computed",
         "once, under the same bound. Loss is the divergence from the original on the calibration data that a search",
-        "sees, and on held-out data; evaluations count candidates judged on all of the former.",
+        "sees, and on held-out data; evaluations count candidates judged on all of the former. Peers choose by their",
+        "own estimates, of the model that they round themselves.",
     ]  # fmt: skip
     for setting in SETTINGS:
         record = newest.get(setting.name)
@@ -239,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="name settings and methods and leave")
     parser.add_argument("--setting", nargs="+", choices=known, default=known)
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="uniform comes along")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), help="uniform comes along")
     parser.add_argument("--speed", action="store_true", help="time the solver and processes instead; run it alone")
     parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -257,7 +309,7 @@ def main() -> None:
             parser.error(f"nothing was measured yet: {RESULTS} is not there; run without --docs first")
         given.docs.write_text(tables())
     else:
-        run(given.setting, list(dict.fromkeys(["uniform", *given.method])))
+        run(given.setting, given.method)
 
 
 if __name__ == "__main__":
