@@ -98,8 +98,9 @@ def _bytes_as_letters(folder: Path) -> Any:
 
     words = {chr(_FIRST_LETTER + each): each for each in range(256)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(_FIRST_LETTER)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=chr(_FIRST_LETTER))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast: Any = PreTrainedTokenizerFast
+    made = fast(tokenizer_object=tokenizer, pad_token=chr(_FIRST_LETTER))
     made.save_pretrained(folder)
     return made
 
