@@ -28,12 +28,12 @@ def evolve(evaluator: Evaluator, start: Assignment, evaluations: int, resource: 
     rng = np.random.default_rng(seed)
     problem, begun = evaluator.problem, evaluator.evaluated
     order = [
-        sorted(range(len(unit.levels)), key=lambda at, unit=unit: unit.levels[at].costs[resource])  # type: ignore[misc]
+        sorted(range(len(unit.levels)), key=lambda at, unit=unit: unit.levels[at].costs.get(resource, 0.0))  # type: ignore[misc]
         for unit in problem.units
     ]
     groups: dict[float, list[int]] = defaultdict(list)
     for at, unit in enumerate(problem.units):
-        groups[unit.levels[0].costs[resource]].append(at)
+        groups[unit.levels[0].costs.get(resource, 0.0)].append(at)
     alike = [group for group in groups.values() if len(group) > 1]
     sizes = np.array([len(group) for group in alike], float)
 
