@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,15 @@ def resources(program: Program) -> dict[str, float]:
         "size_bytes": float(parameter_bytes(program)),
         "macs": float(macs(program)),
         "parameters": float(parameters(program)),
+    }
+
+
+def resources_of(program: Program, names: Collection[str]) -> dict[str, float]:
+    """Return what some weights cost of `bits` and `size_bytes`, as `resources` counts them."""
+    found = [(node, weight) for node, weight in _weights(program) if node.target in names]
+    return {
+        "bits": sum(weight.numel() * _bits_each(weight, _roles(node)) for node, weight in found),
+        "size_bytes": float(sum(weight.numel() * weight.element_size() for _, weight in found)),
     }
 
 

@@ -32,6 +32,7 @@ from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.registry import parse_pass
 from graphopt.search.evaluator import EffectsTask, LossTask, MetricTask
 from graphopt.search.problem import Assignment, Level, Problem, Tie, Unit
+from graphopt.target import Target
 
 _ROWS = 64  # of each output of a piece, where effects are compared
 GONE = "gone"  # the level of a unit that another unit's level takes away
@@ -63,7 +64,7 @@ class Choosing:
         """Return what can be chosen, and put what each level makes of weights into the store."""
         raise NotImplementedError
 
-    def restructure(self, program: Program, levels: Mapping[str, str]) -> None:
+    def restructure(self, program: Program, levels: Mapping[str, str], target: Target, store: Store) -> None:
         """Change the graph of a program, which is a clone, to what levels other than the first ask for."""
 
     def chosen(self, levels: Mapping[str, str]) -> Pass | None:
@@ -114,6 +115,7 @@ class Choices:
         passes: that decide. problem: the units and what they cost, without limits.
         owners: of each unit, of each level, the pass that makes it; -1: it leaves the unit as it is.
         members: of each unit, the places that it stands for. nodes: and the operators whose time is theirs.
+        target: what the program is meant to run on.
     """
 
     passes: tuple[Pass, ...]
@@ -121,6 +123,7 @@ class Choices:
     owners: tuple[tuple[int, ...], ...]
     members: tuple[tuple[str, ...], ...]
     nodes: tuple[tuple[str, ...], ...]
+    target: Target
 
     def levels_of(self, assignment: Assignment) -> list[dict[str, str]]:
         """Return for each pass the places that it changes, with their levels."""
@@ -132,7 +135,9 @@ class Choices:
 
     def weights_of(self, unit: int, level: int, store: Store) -> dict[str, Tensor]:
         """Return what a unit at a level makes of weights; none where it changes more than these, or nothing."""
-        name = self.problem.units[unit].levels[level].name
+        name, owner = self.problem.units[unit].levels[level].name, self.owners[unit][level]
+        if owner >= 0 and _restructures(self.passes[owner]):
+            return {}
         return {key: each for member in self.members[unit] for key, each in store.get(member, name).items()}
 
     def chosen(self, assignment: Assignment) -> list[Pass]:
@@ -145,14 +150,17 @@ class Choices:
         plain = dataclasses.asdict(self.problem)
         passes = list(map(str, self.passes))
         lists = {"owners": self.owners, "members": self.members, "nodes": self.nodes}
-        return json.dumps({"passes": passes, **lists, "problem": plain})
+        target = TypeAdapter(Target).dump_python(self.target, mode="json")
+        return json.dumps({"passes": passes, **lists, "problem": plain, "target": target})
 
     @staticmethod
     def from_json(text: str) -> Choices:
         known = json.loads(text)
-        lists = (tuple(map(tuple, known[name])) for name in ("owners", "members", "nodes"))
+        owners, members, nodes = (tuple(map(tuple, known[name])) for name in ("owners", "members", "nodes"))
         passes = tuple(parse_pass(each) for each in known["passes"])
-        return Choices(passes, TypeAdapter(Problem).validate_python(known["problem"]), *lists)
+        problem = TypeAdapter(Problem).validate_python(known["problem"])
+        target = TypeAdapter(Target).validate_python(known["target"])
+        return Choices(passes, problem, owners, members, nodes, target)
 
 
 def gathered(
@@ -205,7 +213,7 @@ def gathered(
     owned_by = tuple(tuple(owners[unit.name]) for unit in made)
     of_units = tuple(members[unit.name] for unit in made)
     timed = tuple(tuple(node for name in names for node in nodes[name]) for names in of_units)
-    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by, of_units, timed)
+    return Choices(tuple(passes), Problem(made, {}, fixed, tuple(ties)), owned_by, of_units, timed, context.target)
 
 
 def _merged(
@@ -259,7 +267,7 @@ class Assembler:
             self._made, self._structure, self._swapped = self._program.clone(), structure, set()
             for one, each in zip(self.choices.passes, levels, strict=True):
                 if each and _restructures(one):
-                    one.restructure(self._made, each)  # type: ignore[attr-defined]
+                    one.restructure(self._made, each, self.choices.target, self.store)  # type: ignore[attr-defined]
         new: dict[str, Tensor] = {}
         for each in levels:
             for unit, level in each.items():

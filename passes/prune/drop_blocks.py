@@ -49,6 +49,7 @@ from graphopt.passes.prune.refit import added_to, fittable, in_order, refit
 from graphopt.pipeline import Context, LossyPass, site_names
 from graphopt.search import Choosing, Level, Offer, Problem, Store, integer_program
 from graphopt.search import Unit as SearchUnit
+from graphopt.target import Target
 
 aten = torch.ops.aten
 _STAYS, _GOES = "stays", "goes"
@@ -134,7 +135,7 @@ class DropBlocks(LossyPass, Choosing):
             found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}, nodes))
         return found
 
-    def restructure(self, program: Program, levels: Mapping[str, str]) -> None:
+    def restructure(self, program: Program, levels: Mapping[str, str], target: Target, store: Store) -> None:
         units = self._units(program, Rewriter(program.clone(), self.name))
         self._take(program, [unit for unit in units if unit.name in levels])
 

@@ -11,31 +11,37 @@ Lossy. Runs after the exact passes: folding changes weights and removes operator
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.calibration import Histogram
 from graphopt.ir import Changes, Program, Rewriter, arguments, dialect, operator
+from graphopt.passes.quantize.offers import not_among, scheme_offers
 from graphopt.pipeline import Context, LossyPass
 from graphopt.quantization.grids import IntegerGrid, integer_grid
 from graphopt.quantization.marks import STATIC, marked_otherwise
 from graphopt.quantization.placement import Placement, Value, nothing_to_quantize, place
 from graphopt.quantization.ranges import Observer, affine, choose_range
 from graphopt.quantization.weights import dequantized, pair_scale, quantize_weight
+from graphopt.search import Choosing, Offer, Store
+from graphopt.target import Target
 
 
 @dataclass(frozen=True)
-class QuantizeStatic(LossyPass):
+class QuantizeStatic(LossyPass, Choosing):
     """Quantize convolutions, linears and what lies between them with scales from calibration.
+
+    As a choice of a search it offers each weight to stay float or to be read by operators on integers.
 
     Attributes:
         observer: how the range of an activation is chosen: minmax, percentile, mse or entropy.
         percentile: share of values inside the range, for the percentile observer.
+        weights: names; only what multiplies by one of them runs on integers, and what lies between.
     """
 
     quantizes: ClassVar[bool] = True
@@ -44,12 +50,16 @@ class QuantizeStatic(LossyPass):
 
     observer: Observer = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    weights: tuple[str, ...] = ()
 
     def run(self, program: Program, context: Context) -> Changes:
         try:
-            return self.apply(program, context, marked_otherwise(program, STATIC))
+            return self.apply(program, context, self._left(program))
         finally:
             context.forget()
+
+    def _left(self, program: Program) -> Mapping[str, str]:
+        return {**(not_among(program, self.weights) if self.weights else {}), **marked_otherwise(program, STATIC)}
 
     def apply(self, program: Program, context: Context, kept: Mapping[str, str]) -> Changes:
         """Quantize all but the nodes in `kept`, which are left alone for the reasons given."""
@@ -64,6 +74,34 @@ class QuantizeStatic(LossyPass):
             for node in placement.anchors:
                 self._quantize_anchor(node, scales, rewriter, context)
         return rewriter.finish()
+
+    def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
+        """Return for every weight whether its operators run on integers."""
+        quantized = program.clone()
+        try:
+            changes = self.apply(quantized, context, self._left(program))
+        finally:
+            context.forget()
+        sites = [site.node for site in changes.touched]
+        store.put(self.name, STATIC, _pairs(quantized))
+        return scheme_offers(STATIC, program, quantized, sites, store)
+
+    def restructure(self, program: Program, levels: Mapping[str, str], target: Target, store: Store) -> None:
+        """Round activations where operators of the chosen weights run on integers; weights come from the store."""
+        left, known = not_among(program, levels), store.get(self.name, STATIC)
+        rewriter, grid = Rewriter(program, self.name), integer_grid(target.activation_format)
+        for value in place(program, target, lambda node: left.get(node.name, "")).values:
+            name = value.node.name
+            if f"{name} scale" in known:  # the whole program on integers has one for all that a part of it has
+                scale, zero_point = (known[f"{name} {what}"] for what in ("scale", "zero_point"))
+                scale_node = rewriter.weight(scale, f"{name}_scale", torch.float32)
+                zero_node = rewriter.weight(zero_point, f"{name}_zero_point", grid.storage)
+                insert_pair(value, scale_node, zero_node, grid.name, rewriter)
+        rewriter.finish()
+
+    def chosen(self, levels: Mapping[str, str]) -> QuantizeStatic | None:
+        """Return the pass that quantizes what the chosen weights are read by, and leaves the rest."""
+        return replace(self, weights=tuple(levels)) if levels else None
 
     def _place(
         self, program: Program, context: Context, kept: Mapping[str, str]
@@ -149,6 +187,16 @@ class QuantizeStatic(LossyPass):
         rewriter.touch(
             node, f"{operator(node)} on {context.target.activation_format} x {weight_grid.name}{weight.coarsened}"
         )
+
+
+def _pairs(program: Program) -> dict[str, Tensor]:
+    """Return scale and zero point of every activation that is rounded, by its name."""
+    found = {}
+    for node in program.graph.nodes:
+        if operator(node) == "graphopt.quantize" and node.args[0].op != "get_attr":
+            for what, each in zip(("scale", "zero_point"), node.args[1:3], strict=True):
+                found[f"{node.args[0].name} {what}"] = program.weight(each)
+    return found
 
 
 def _unreached(placement: Placement, seen: dict[str, Histogram]) -> dict[str, str]:

@@ -66,9 +66,9 @@ _LOW = "quantize_weights(levels=['int4', 'int3', 'int2', 'ternary'])"
 _LAYERS, _BRANCHES = "drop_blocks(resolve=False)", "drop_blocks(unit='branches', resolve=False)"
 SETTINGS = (
     Setting("language, 3 bits", "language", (_LANGUAGE,), "bits", "int3", peers=True),
-    Setting("8 layers, bits alone", "language_deep", (_LOW,), "bits", "ternary", 1.15),
-    Setting("8 layers, layers and bits", "language_deep", (_LAYERS, _LOW), "bits", "ternary", 1.15),
-    Setting("8 layers, branches and bits", "language_deep", (_BRANCHES, _LOW), "bits", "ternary", 1.15),
+    Setting("8 layers, bits alone", "language_deep", (_LOW,), "bits", "ternary"),
+    Setting("8 layers, layers and bits", "language_deep", (_LAYERS, _LOW), "bits", "ternary"),
+    Setting("8 layers, branches and bits", "language_deep", (_BRANCHES, _LOW), "bits", "ternary"),
     *(Setting(f"{task}, 1.5 times the bytes of int4", task, (_MIXED,), "size_bytes", "int4", 1.5) for task in IMAGES),
 )
 PEERS = {  # name: environment, method of children/choose_bits.py
