@@ -102,6 +102,19 @@ def test_what_is_slower_than_float_is_the_last_choice() -> None:
     assert alone["auto"].facts["path"][-1] == "bits was taken: nothing faster holds the budget"
 
 
+def test_what_would_take_too_long_or_cannot_reach_is_not_tried(tmp_path: Path) -> None:
+    budget = graphopt.Budget(metric_drop=60.0, size_ratio=0.2)
+    for _ in range(2):  # a run that goes on decides alike, however long it takes
+        _, trace = tried(budget, tmp_path / "journal", minutes=1e-4)
+        path = trace["auto"].facts["path"]
+        assert trace["auto"].facts["chosen"] == "int8"
+        assert path[1] == "bits was not tried: the 0.0001 minutes would not do, raise auto.minutes"
+    _, trace = tried(graphopt.Budget(metric_drop=60.0, size_ratio=0.04))
+    assert "bits was not tried: size_ratio could not fall below 0.12" in " ".join(trace["auto"].facts["path"])
+    _, trace = tried(graphopt.Budget(metric_drop=60.0, average_bits=3), prune=True)
+    assert len(trace["auto"].facts["path"]) == 6  # int8 misses it, the others cannot reach it
+
+
 def test_it_is_chosen_where_data_a_metric_and_a_budget_are_given() -> None:
     result = graphopt.optimize(
         network(), rows()[0], calibration=rows(), evaluate=alike, budget=graphopt.Budget(metric_drop=10.0),
