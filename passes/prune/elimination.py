@@ -111,21 +111,23 @@ class Fit:
             found.append((values * solved).sum((1, 2)) / self._normal.variance)
         return torch.tensor(left, dtype=torch.int64), torch.cat(found)
 
-    def remove(self, coordinates: Sequence[int]) -> None:
-        """Take coordinates away and fit what is left again."""
+    def remove(self, coordinates: Sequence[int]) -> float:
+        """Take coordinates away and fit what is left again; return what that costs, relative to the variance."""
         gone = [self.groups.pop(each) for each in coordinates if each in self.groups]
         if not gone:
-            return
+            return 0.0
         index = torch.cat(gone)
         block = self._inverse[index][:, index]
         column = self._inverse[:, index]
         step = torch.linalg.solve(block, torch.cat([self._fitted[index], self._inverse[index]], 1))
         outputs = self._fitted.shape[1]
-        self._fitted = self._fitted - column @ step[:, :outputs]
-        self._inverse = self._inverse - column @ step[:, outputs:]
+        cost = float((self._fitted[index] * step[:, :outputs]).sum()) / self._normal.variance
+        self._fitted.addmm_(column, step[:, :outputs], alpha=-1)
+        self._inverse.addmm_(column, step[:, outputs:], alpha=-1)
         for values in (self._fitted, self._inverse, self._silent):
             values[index] = 0
         self._inverse[:, index] = 0
+        return max(cost, 0.0)
 
     def error(self) -> float:
         """Return the squared error of the fit over the data, relative to what the target varies."""
@@ -158,10 +160,12 @@ class Unfitted:
         costs = (self._products.diagonal() + 2 * with_gone) / self._variance
         return torch.tensor(self._left)[~self._gone], costs[~self._gone]
 
-    def remove(self, coordinates: Sequence[int]) -> None:
-        """Take coordinates away."""
+    def remove(self, coordinates: Sequence[int]) -> float:
+        """Take coordinates away; return what that costs, relative to the variance."""
+        before = self.error()
         for each in set(coordinates) & set(self._left):
             self._gone[self._left.index(each)] = True
+        return self.error() - before
 
     def error(self) -> float:
         """Return the squared error over the data, relative to the variance."""
@@ -182,13 +186,12 @@ def eliminate(
         remove: how many go of each fibre.
         show: is called when so many of each fibre are gone and the fits are what is left then.
 
-    Returns which go [remove, fibres], numbered within their fibre, first first, and the sum of relative errors after
-    0, 1, 2 ... of each fibre.
+    Returns which go [remove, fibres], numbered within their fibre, first first, and what it costs that 0, 1, 2 ... of
+    each fibre are gone, summed over the fits.
     """
     gone = torch.zeros(0, fibres, dtype=torch.int64)
     first = torch.arange(fibres) * (coordinates // fibres)
     errors = [0.0]
-    start = sum(fit.error() for fit in fits)
     while len(gone) < remove:
         costs = torch.zeros(coordinates, dtype=torch.float64)
         for fit in fits:
@@ -198,10 +201,9 @@ def eliminate(
         count = max(1, (remove - len(gone)) // _AT_ONCE)
         count = min([count, *(stop - len(gone) for stop in show or () if stop > len(gone))])
         chosen = costs.view(fibres, -1).argsort(dim=-1, stable=True)[:, :count].mT
-        for fit in fits:
-            fit.remove((first + chosen).flatten().tolist())
+        cost = sum(fit.remove((first + chosen).flatten().tolist()) for fit in fits)
         gone = torch.cat([gone, chosen])
         if show and len(gone) in show:
             show[len(gone)]()
-        errors += [max(sum(fit.error() for fit in fits) - start, 0.0)] * count
+        errors += [max(errors[-1] + cost, 0.0)] * count
     return gone, errors
