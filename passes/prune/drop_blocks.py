@@ -122,18 +122,28 @@ class DropBlocks(LossyPass, Choosing):
         return rewriter.finish()
 
     def offers(self, program: Program, context: Context, store: Store) -> list[Offer]:
-        """Return for every layer or branch whether it stays."""
+        """Return for every layer or branch whether it stays; what others become when it alone goes is stored."""
         before = resources(program)
         found = []
-        for unit in self._units(program, Rewriter(program.clone(), self.name)):
-            without = program.clone()
-            self._take(without, [unit])
-            after = resources(without)
-            costs = {name: was - after[name] for name, was in before.items()}
-            gone = frozenset(program.weights.keys() - without.weights.keys())
-            nodes = tuple(node.name for branch in unit.branches for node in (*branch.body, branch.join))
-            found.append(Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}, nodes))
+        units = self._units(program, Rewriter(program.clone(), self.name))
+        with context.progress.stage("take blocks out", len(units)) as stage:
+            for unit in units:
+                without = program.clone()
+                if self.resolve:
+                    replace(self, blocks=(unit.name,), count=None, replace="none").run(without, context)
+                    store.put(unit.name, _GOES, _changed(program, without))
+                else:
+                    self._take(without, [unit])
+                found.append(self._offer(program, unit, without, before))
+                stage.advance()
         return found
+
+    def _offer(self, program: Program, unit: Unit, without: Program, before: Mapping[str, float]) -> Offer:
+        after = resources(without)
+        costs = {name: was - after[name] for name, was in before.items()}
+        gone = frozenset(program.weights.keys() - without.weights.keys())
+        nodes = tuple(node.name for branch in unit.branches for node in (*branch.body, branch.join))
+        return Offer(unit.name, (Level(_STAYS, costs), Level(_GOES)), {_GOES: gone}, nodes)
 
     def restructure(self, program: Program, levels: Mapping[str, str], target: Target, store: Store) -> None:
         units = self._units(program, Rewriter(program.clone(), self.name))
@@ -400,3 +410,12 @@ class _Observed:
             each.update(values)
         for each in self.sources:
             each.x = values
+
+
+def _changed(program: Program, made: Program) -> dict[str, Tensor]:
+    """Return the weights of `made` that `program` has otherwise, by name."""
+    known = program.weights
+    return {
+        name: each for name, each in made.weights.items()
+        if name in known and each.shape == known[name].shape and not torch.equal(each, known[name])
+    }  # fmt: skip

@@ -109,6 +109,20 @@ def test_a_decoder_with_tied_weights(tmp_path: Path) -> None:
         assert all(each.isfinite().all() for each in assembler(drawn(choices, seed)).run([data[0][0]]))
 
 
+def test_what_stays_is_fitted_when_a_block_goes(tmp_path: Path) -> None:
+    data = [(torch.randn(16, 6),) for _ in range(4)]
+    program, context, choices, store = offered(network(), [DropBlocks(unit="branches"), LEVELS], data, tmp_path)
+    assembler, start = Assembler(program, choices, store), choices.problem.start
+    blocks = [at for at, unit in enumerate(choices.problem.units) if unit.levels[1].name == "goes"]
+    fitted = [name for at in blocks for name in store.get(choices.problem.units[at].name, "goes")]
+    assert len(blocks) == 2 and "2.down.weight" in fitted
+    for at in blocks:
+        assignment = choices.problem.settled([int(each == at) for each in range(len(start))])
+        made, _ = run_passes(program, choices.chosen(assignment), context)
+        (swapped,), (done,) = assembler(assignment).run([data[0][0]]), made.run([data[0][0]])
+        torch.testing.assert_close(swapped, done)
+
+
 def test_from_json_is_the_inverse(made: tuple[Program, Context, Choices, Store]) -> None:
     choices = made[2]
     assert Choices.from_json(choices.to_json()) == choices
