@@ -22,13 +22,19 @@ _ASSUMED_BITS = 32
 
 @dataclass(frozen=True)
 class Pictures:
-    """Of one search; a picture is None where the record has nothing for it. `left_out`: units that are not shown."""
+    """Of one search; a picture is None where the record has nothing for it.
+
+    Attributes:
+        left_out: units that are not shown. trust: how the estimates followed the true losses, as the rank correlation
+            and that of logarithms, by the estimate's name.
+    """
 
     key: str
     front: Markup | None
     losses: Markup | None
     bits: Markup | None
     left_out: int
+    trust: dict[str, tuple[str, str]]
 
 
 def pictures(record: PassRecord) -> Pictures | None:
@@ -39,6 +45,7 @@ def pictures(record: PassRecord) -> Pictures | None:
         return None
     units = list(levels)[:_MOST_UNITS]
     losses = {unit: _numbers(_mapping(facts.get("losses")).get(unit)) for unit in units}
+    trust = {str(name): _mapping(each) for name, each in _mapping(facts.get("correlations")).items()}
     bits = {unit: value for unit, value in _numbers(facts.get("bits")).items() if unit in units}
     return Pictures(
         record.key,
@@ -46,6 +53,7 @@ def pictures(record: PassRecord) -> Pictures | None:
         losses_of_units(losses, levels) if any(losses.values()) else None,
         bits_of_units(bits) if bits else None,
         len(levels) - len(units),
+        {name: (_figure(each.get("rank")), _figure(each.get("logarithm"))) for name, each in trust.items()},
     )
 
 
@@ -159,6 +167,10 @@ def _names(value: Any) -> dict[str, str]:
 
 def _numbers(value: Any) -> dict[str, float]:
     return {str(key): float(each) for key, each in _mapping(value).items() if _number(each)}
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3f}" if _number(value) else "unknown"
 
 
 def _number(value: Any) -> bool:

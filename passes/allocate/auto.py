@@ -39,8 +39,8 @@ _GRID = "quantize_weights(grid='int4', objective='plain', rounding='nearest')"
 _SMOOTHED = f"best_of(judge={_GRID!r}, alternatives=[['smooth'], ['smooth', 'rotate']])"
 _WIDTHS = (0.25, 0.4, 0.55)  # of every space that go, where the budget does not say how much
 _NEARER = 0.98  # of the size that is asked for: quantized graphs have more nodes
-_LARGE = 5e6  # weights, from which levels are computed on fewer data and without a descent after the rounding
-_FEW = "samples=16, alone=4"
+_LARGE = 5e6  # weights, from which rounding does less for each and fewer data judge candidates
+_FEW = "samples=8, alone=2"
 _TIMES = 4  # as long as int8 takes what comes after it, before anything is known
 _SMALLER = ("size_ratio", "average_bits")
 _SHRINKING = ("size_ratio", "latency_ratio")
@@ -209,8 +209,8 @@ class _Work:
     def _by_bits(self, name: str, first: tuple[str, ...], bounds: dict[str, float]) -> Attempt:
         options = self.options
         large = parameters(self.program) > _LARGE
-        quick = ", sweeps=0" if large else ""
-        levels = f"quantize_weights(levels={list(options.levels)!r}, objective='fisher'{quick})"
+        how = "objective='gram', sweeps=0" if large else "objective='fisher'"
+        levels = f"quantize_weights(levels={list(options.levels)!r}, {how})"
         much = f", {_FEW}, compare=[]" if large else ""
         allocate = (
             f"allocate(choices=[{levels!r}], evaluations={options.evaluations}, workers={options.workers}{much})"

@@ -17,6 +17,7 @@ FACTS: dict[str, Any] = {
     "front": [{"cost": 10.0, "loss": 1e-4, "origin": "seed & co"}, {"cost": 20.0, "loss": 1e-5, "origin": "evolution"}],
     "loss": 1e-5,
     "resource": "bits",
+    "correlations": {"fisher": {"rank": 0.9123, "logarithm": float("nan")}},
 }
 
 
@@ -39,6 +40,7 @@ def test_what_was_chosen_is_filled() -> None:
     assert found.losses.count('class="mark"') == 1 and found.losses.count('class="open"') == 2
     assert "a.weight at int4 alone loses 1e-05" in found.losses
     assert "4.50" in found.bits
+    assert found.trust == {"fisher": ("0.912", "unknown")}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,8 @@ def test_what_was_chosen_is_filled() -> None:
         {"losses": {"a.weight": {"int4": float("nan"), "int8": -1.0, "x": True}}, "bits": {"a.weight": None}},
         {"front": [{"cost": 1.0, "loss": 1e-5}] * 3, "loss": None, "resource": {"x": 1}},
         {"losses": {"a.weight": {"int4": 1e-5}}},
+        {"correlations": [1]},
+        {"correlations": {"fisher": 0.5, "<b>": {"rank": "x"}}},
     ],
 )
 def test_odd_facts_are_left_out(facts: dict[str, Any]) -> None:
