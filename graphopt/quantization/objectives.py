@@ -22,6 +22,7 @@ from torch import Tensor
 from graphopt.errors import GraphoptError
 
 _ROWS = 1 << 14  # inputs multiplied in float32 at a time, before the sum goes on in float64
+_TOGETHER = 512  # of these multiplied at once: of fewer, writing the product takes longer than computing it
 _FLOOR = 1e-7  # of the mean of the diagonal: what keeps a factorization alive at all
 
 
@@ -32,19 +33,41 @@ class _Sum:
         self._whole = torch.zeros(parts, inputs, inputs, dtype=torch.float64)
         self._recent: Tensor | None = None
         self._rows, self._name = 0, ""
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, a: Tensor, b: Tensor, name: str) -> None:
         """Add the product of a [P or 1, T, K] and b, which stand for the layer `name`."""
+        first = self._waiting[0] if self._waiting else (a, b)
+        if any(old.dtype != new.dtype or len(old) != len(new) for old, new in zip(first, (a, b), strict=True)):
+            self._multiply()
+        self._waiting.append((a, b))
+        self._name = name
+        if sum(each.shape[1] for each, _ in self._waiting) >= _TOGETHER:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        if not self._waiting:
+            return
+        left, right = zip(*self._waiting, strict=True)
+        same = all(a is b for a, b in self._waiting)
+        self._waiting = []
+        a = torch.cat(left, 1)
+        b = a if same else torch.cat(right, 1)
         if self._recent is not None and (self._recent.dtype != a.dtype or self._rows + a.shape[1] > _ROWS):
-            self.value()
+            self._fold()
         if self._recent is None:
             self._recent = a.mT @ b
         else:
             self._recent += a.mT @ b
-        self._rows, self._name = self._rows + a.shape[1], name
+        self._rows += a.shape[1]
 
     def value(self) -> Tensor:
         """Return the sum; GraphoptError where something in it was not finite."""
+        self._multiply()
+        self._fold()
+        return self._whole
+
+    def _fold(self) -> None:
         if self._recent is not None:
             if not bool(self._recent.isfinite().all()):
                 raise GraphoptError(
@@ -53,7 +76,6 @@ class _Sum:
                 )
             self._whole += self._recent
             self._recent, self._rows = None, 0
-        return self._whole
 
 
 @dataclass(eq=False)

@@ -24,6 +24,7 @@ from torch import Tensor
 from graphopt.quantization.objectives import damped, shrinkage
 
 _DAMPING = 1e-4
+_TOGETHER = 512  # rows multiplied at once: of fewer, writing the product to memory would take longer than computing it
 _AT_ONCE = 64  # rounds at least: what a round takes away was chosen before any of it was gone
 
 
@@ -33,21 +34,23 @@ class Normal:
 
     Attributes:
         inputs, outputs: K and R. constant: whether there is a bias to fit.
+        count: rows seen. total: sum of the targets [R]. squares: of their squares.
     """
 
     inputs: int
     outputs: int
     constant: bool
     count: int = 0
-    gram: Tensor = field(init=False)
-    cross: Tensor = field(init=False)
     total: Tensor = field(init=False)
     squares: float = 0.0
+    _gram: Tensor = field(init=False)
+    _cross: Tensor = field(init=False)
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         size = self.inputs + self.constant
-        self.gram = torch.zeros(size, size, dtype=torch.float64)
-        self.cross = torch.zeros(size, self.outputs, dtype=torch.float64)
+        self._gram = torch.zeros(size, size, dtype=torch.float64)
+        self._cross = torch.zeros(size, self.outputs, dtype=torch.float64)
         self.total = torch.zeros(self.outputs, dtype=torch.float64)
 
     def update(self, x: Tensor, target: Tensor) -> None:
@@ -56,11 +59,31 @@ class Normal:
         if self.constant:
             wide = torch.cat([wide, wide.new_ones(len(wide), 1)], 1)
         target = target.to(wide.dtype)
-        self.gram += wide.mT @ wide
-        self.cross += wide.mT @ target
+        self._waiting.append((wide, target))
+        if sum(len(rows) for rows, _ in self._waiting) >= _TOGETHER:
+            self._multiply()
         self.total += target.sum(0)
         self.squares += float(target.double().square().sum())
         self.count += len(x)
+
+    def _multiply(self) -> None:
+        if self._waiting:
+            wide, target = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            self._gram += wide.mT @ wide
+            self._cross += wide.mT @ target
+
+    @property
+    def gram(self) -> Tensor:
+        """X^T X, [K + constant, K + constant]."""
+        self._multiply()
+        return self._gram
+
+    @property
+    def cross(self) -> Tensor:
+        """X^T T, [K + constant, R]."""
+        self._multiply()
+        return self._cross
 
     @property
     def variance(self) -> float:
