@@ -117,6 +117,7 @@ class _Work:
     branch: Callable[[Sequence[Pass], Context], Branch]
     context: Context
     path: list[str] = field(default_factory=list)
+    _contexts: dict[Budget, Context] = field(default_factory=dict)
     _before: float | None = None
     _float_bytes: int = 0
 
@@ -194,8 +195,9 @@ class _Work:
         if not options.prune:
             return
         if lighter:
-            yield Attempt("prune", ("prune",), Budget(**lighter))
-            yield Attempt("prune, then int8", ("prune", *_INT8), Budget(**lighter, metric_drop=budget.metric_drop))
+            both = Budget(**lighter, metric_drop=budget.metric_drop)
+            yield Attempt("prune", ("prune",), both)
+            yield Attempt("prune, then int8", ("prune", *_INT8), both)
         elif bounds.keys() - {"metric_drop"}:
             for ratio in _WIDTHS:
                 # Weights that lose inputs and outputs lose most; what is measured shrinks by no more.
@@ -243,7 +245,8 @@ class _Work:
         )
 
     def _tried(self, attempt: Attempt) -> Tried:
-        context = dataclasses.replace(self.context, budget=attempt.budget)
+        # Ways that begin alike, under the same budget, go on from where the first one was: the context is the same.
+        context = self._contexts.setdefault(attempt.budget, dataclasses.replace(self.context, budget=attempt.budget))
         passes = Recipe("", tuple(map(parse_pass, attempt.passes))).keeping_float(self.options.skip).passes
         started = time.perf_counter()
         made = self.branch(passes, context)

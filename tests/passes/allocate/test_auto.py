@@ -18,7 +18,7 @@ from graphopt.backend import Profile
 from graphopt.calibration import Batches
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program
-from graphopt.passes import Auto
+from graphopt.passes import Auto, Prune
 from graphopt.pipeline import Context, builtin, run_passes
 from graphopt.pipeline.journal import Journal
 from graphopt.pipeline.trace import Trace
@@ -73,6 +73,15 @@ def test_fewer_channels_where_that_is_asked_for() -> None:
     _, trace = tried(graphopt.Budget(metric_drop=50.0, macs_ratio=0.7))
     assert trace["auto"].facts["measured"]["macs_ratio"] <= 0.7
     assert trace["auto"].facts["chosen"].startswith("prune")
+
+
+def test_what_is_pruned_is_quantized_without_pruning_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[float] = []
+    real = Prune.run
+    monkeypatch.setattr(Prune, "run", lambda *given: runs.append(0) or real(*given))  # type: ignore[func-returns-value]
+    _, trace = tried(graphopt.Budget(metric_drop=50.0, macs_ratio=0.7, size_ratio=0.25))
+    assert trace["auto"].facts["chosen"] == "prune, then int8"
+    assert len(runs) == 1
 
 
 def test_what_is_not_allowed_is_not_tried_and_what_misses_least_is_taken(tmp_path: Path) -> None:
