@@ -115,7 +115,12 @@ class Prune(LossyPass, Choosing):
         if sites:
             batches = context.needed_calibration(self.name)
             aims = in_order(program, sites, alone=True)
-            values, errors = refit(before, program, aims, batches, context.progress, self.name, self.spill, left)
+            how = (batches, context.progress, self.name, self.spill, left)
+            values, errors = refit(before, program, aims, *how, leave=True)
+            if not errors:
+                refit(before, program, aims, *how)  # says which has too few rows of data
+            for site in (site for site in aims if site.name not in errors):
+                rewriter.decline(site, "calibration data gives too few rows for its inputs; it is not fitted anew")
             for node, value in values.items():
                 rewriter.replace(node, rewriter.weight(value, str(node.target), value.dtype, node))
             rewriter.note(relative_errors=errors)

@@ -279,6 +279,18 @@ def test_too_few_rows_to_fit() -> None:
     assert "cannot fit the 101 inputs of linear_1 (2) to 16 rows" in said and "resolve=False" in said
 
 
+def test_what_has_too_few_rows_is_left_where_others_have_enough() -> None:
+    """A linear behind a pool sees one row an image, the convolutions before it many."""
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 200, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(200, 4)).eval()
+    data = [(torch.randn(4, 3, 8, 8),) for _ in range(2)]
+    result = graphopt.optimize(model, data[0], [Prune(ratio=0.5)], calibration=data)
+    record = result.trace["prune"]
+    assert [site.node for site in record.skipped if "too few rows" in site.reason] == ["linear"]
+    assert record.facts["relative_errors"].keys() == {"conv2d_1"}
+    assert result.program.weight("6.weight").shape[1] < 200
+
+
 def test_few_rows_are_damped() -> None:
     """With half as many rows as inputs a fit is still better than none, on data it has not seen."""
     torch.manual_seed(0)
