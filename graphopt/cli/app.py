@@ -97,15 +97,55 @@ def inspect(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that graphopt wrote.")],
     pass_: Annotated[
         str | None,
-        typer.Option("--pass", metavar="NAME", help="Show this pass: its diff and what it skipped."),
+        typer.Option("--pass", metavar="NAME|NUMBER", help="Show this pass: its diff and what it skipped."),
     ] = None,
+    why: Annotated[
+        str | None,
+        typer.Option(metavar="NODE|SPACE", help="Tell the story of this operator, weight, module or space."),
+    ] = None,
+    bisect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="QUANTITY=BOUND",
+            help="Find the first pass beyond error=1e-5, sqnr=30 (dB) or metric=98.5; the last runs the passes again.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="For --bisect metric=...: what was optimized.")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="For --bisect metric=...: the metric.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="For --bisect metric=...: what the passes were given.")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Allow unpickling a .pt2; this runs code from the file.")
+    ] = False,
 ) -> None:
-    """Show what a run did, or what one pass of it did."""
-    from graphopt.cli.show import pass_text
+    """Show what a run did, what one pass of it did, the story of one place, or where an error came in."""
+    from graphopt.cli import console
+    from graphopt.cli import inspect as views
+    from graphopt.errors import GraphoptError
     from graphopt.report import Report
 
+    if sum(each is not None for each in (pass_, why, bisect)) > 1:
+        raise GraphoptError("give one of --pass, --why and --bisect")
     report = Report.read(run_dir)
-    print(report.summary() if pass_ is None else pass_text(report, pass_), end="")
+    if pass_ is not None:
+        view = views.one_pass(report, pass_)
+    elif why is not None:
+        view = views.why(report, why)
+    elif bisect is not None:
+        replay = views.Replay(model, evaluate, calibration, trust, report.target) if model and evaluate else None
+        view = views.first_beyond(report, bisect, replay)
+    else:
+        view = views.whole(report)
+    if as_json:
+        console.data(view.data)
+    else:
+        console.show(*view.parts)
 
 
 @app.command()

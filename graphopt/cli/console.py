@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
-from graphopt.report.text import plain
+from graphopt.report.text import Visible, plain
 
 WIDTH = 110
 
@@ -15,9 +17,14 @@ WIDTH = 110
 def show(*parts: RenderableType) -> None:
     """Print in colour on a terminal, else as plain text without trailing blanks; names are not taken for markup."""
     if sys.stdout.isatty():
-        Console(markup=False, emoji=False, highlight=False).print(Group(*parts))
+        Console(markup=False, emoji=False, highlight=False).print(Visible(Group(*parts)), crop=False)
     else:
         print(plain(Group(*parts), WIDTH), end="")
+
+
+def data(value: Any) -> None:
+    """Print plain data as JSON; infinities, which JSON has not, are text in it already."""
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def paths(run_dir: Path) -> None:

@@ -67,7 +67,8 @@ class PassRow:
         index, key: position and name (`name#2` for a second time). inserted: who required it.
         rejected: why its changes were dropped.
         changed: whether the program's text changed.
-        nodes, bytes: operators and parameter bytes, after minus before; of the capture, those it starts with.
+        nodes, bytes, macs: operators, parameter bytes and multiply-accumulates, after minus before; of the capture,
+            those it starts with.
         error, rounding_error, sqnr_db: as in PassRecord. seconds: pass and validation.
         touched, skipped: places by what was done, or why nothing was.
         facts: single figures that the pass reports (the trace has all).
@@ -82,6 +83,7 @@ class PassRow:
     options: dict[str, Any] = field(default_factory=dict)
     nodes: int = 0
     bytes: int = 0
+    macs: int = 0
     error: float | None = None
     rounding_error: float | None = None
     sqnr_db: float | None = None
@@ -104,6 +106,7 @@ class PassRow:
             dict(record.options),
             record.nodes - (before.nodes if before else 0),
             record.parameter_bytes - (before.parameter_bytes if before else 0),
+            record.macs - (before.macs if before else 0),
             record.error,
             record.rounding_error,
             record.sqnr_db,

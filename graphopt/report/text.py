@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -19,16 +21,37 @@ _LONG = 60  # characters of what a pass did that are spelled out on its own line
 _NUMBER = re.compile(r"\b([A-Za-z]\w*?)_\d+\b")  # names as fx numbers them
 
 
+# Characters that a terminal obeys instead of showing; names come from models and from files of others.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Return text with a picture in the place of every character that a terminal would obey (␛ for escape)."""
+    return text.translate(_PICTURES)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """A renderable whose text cannot steer the terminal; its styles stay."""
+
+    inner: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.inner, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
 def plain(renderable: RenderableType, width: int = 110) -> str:
     """Return the text of a renderable without colour."""
     console = Console(file=io.StringIO(), width=width, no_color=True, highlight=False, emoji=False, markup=False)
-    console.print(renderable)
+    console.print(Visible(renderable), crop=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-def summary(report: Report) -> Group:
-    """Return everything: figures, passes, what did not fuse, what was skipped and why, notes, budget."""
+def summary(report: Report, table: RenderableType | None = None) -> Group:
+    """Return everything: figures, passes (or another table of them), what did not fuse, what was skipped and why."""
     head = Text.assemble(
         ("recipe ", "dim"),
         (report.recipe, "bold"),
@@ -36,7 +59,7 @@ def summary(report: Report) -> Group:
         (report.target, "bold"),
         (f"  graphopt {report.version}", "dim"),
     )
-    parts: list[RenderableType] = [head, figures(report), section("passes"), passes(report.passes)]
+    parts: list[RenderableType] = [head, figures(report), section("passes"), table or passes(report.passes)]
     parts += export_parts(report)
     skipped = list(skipped_lines(report.passes))
     if skipped:
@@ -116,6 +139,37 @@ def passes(rows: list[PassRow]) -> Table:
         style = "yellow" if row.rejected else ("" if row.changed or row.index == 0 else "dim")
         table.add_row(*(Text(cell) for cell in pass_cells(row)), style=style)
     return Table.grid() if not rows else table
+
+
+def pipeline(rows: list[PassRow]) -> Table:
+    """Return the pipeline as a table with a heading: what every pass changed, what it cost, and how often it fired."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("", "pass", "kind", "nodes", "bytes", "MACs", "error", "seconds", "fired", "declined"):
+        words = heading in ("", "pass", "kind", "error")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        style = "yellow" if row.rejected else ("" if row.changed or row.index == 0 else "dim")
+        sign = "" if row.index == 0 else "+"
+        fired, declined = (sum(len(each.nodes) for each in groups) for groups in (row.touched, row.skipped))
+        cells = (
+            f"{row.index:03d}", row.key, "" if row.index == 0 else ("exact" if row.exact else "lossy"),
+            f"{row.nodes:{sign}d}" if row.nodes else "", _signed(row.bytes, size_text, sign),
+            _signed(row.macs, _count_text, sign), "rejected" if row.rejected else error_text(row),
+            f"{row.seconds:.2f}" if row.index else "", str(fired or ""), str(declined or ""),
+        )  # fmt: skip
+        table.add_row(*map(Text, cells), style=style)
+    return table
+
+
+def _signed(value: float, show: Callable[[float], str], sign: str) -> str:
+    return ((sign if value > 0 else "") + show(value)) if value else ""
+
+
+def _count_text(count: float) -> str:
+    for unit, scale in (("", 1), ("k", 1e3), ("M", 1e6)):
+        if abs(count) / scale < 999.5:
+            return f"{count / scale:.3g}{unit}"
+    return f"{count / 1e9:,.3g}G"
 
 
 def pass_cells(row: PassRow) -> tuple[str, ...]:
