@@ -203,6 +203,23 @@ def test_diff(static_run: Path, dynamic_run: Path, capsys: pytest.CaptureFixture
     assert re.search(r"quantize_static +A +lossy", text)
     assert re.search(r"B +not run", text)
     assert "the programs differ from" in text
+    assert re.search(r"^quantize_dynamic +\w+ +.* → ", text, re.MULTILINE | re.DOTALL)
+
+
+def test_diff_with_bounds(static_run: Path, dynamic_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeed("diff", static_run, dynamic_run, "--max", "size_ratio=100", "--max", "macs_ratio=1")
+    assert "every bound holds" in capsys.readouterr().out
+    assert main(["diff", str(static_run), str(dynamic_run), "--max", "size_ratio=0.01", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["exceeded"]) == 1 and found["exceeded"][0].endswith("more than 0.01")
+    assert found["figures"]["parameters"][0] == found["figures"]["parameters"][1]
+    assert {"key", "node", "a", "b"} == set(found["decisions"][0])
+    assert main(["diff", str(static_run), str(static_run), "--max", "metric_drop=1"]) == (
+        3 if found["figures"]["metric"][0] is None else 0
+    )
+    for odd in ("size=1", "size_ratio=x", "size_ratio=nan"):
+        assert main(["diff", str(static_run), str(static_run), "--max", odd]) == 2
+        assert "--max takes NAME=NUMBER" in capsys.readouterr().err
 
 
 def test_diff_of_a_run_with_itself(static_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

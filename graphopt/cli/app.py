@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+BEYOND = 3  # exit status of a comparison with a bound that does not hold
+
 app = typer.Typer(
     name="graphopt",
     help="An optimizing compiler for neural networks: PyTorch in; smaller, faster, verified ONNX out.",
@@ -172,14 +174,31 @@ def bench(
 def diff(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B")],
+    max_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max",
+            metavar="NAME=NUMBER",
+            help="End with status 3 where B beside A has more: metric_drop, size_ratio, latency_ratio, macs_ratio, "
+            "params_ratio or sqnr_drop (dB). Repeatable.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Compare two runs.
 
-    Recipe, sizes, metric, errors and latency, and what differs pass by pass.
+    Recipe, sizes, metric, errors and latency, where passes decided otherwise, and what differs pass by pass.
     """
-    from graphopt.cli.difference import difference_text
+    from graphopt.cli import console
+    from graphopt.cli.difference import difference
 
-    print(difference_text(run_a, run_b), end="")
+    found = difference(run_a, run_b, max_ or ())
+    if as_json:
+        console.data(found.data)
+    else:
+        console.show(*found.parts)
+    if found.exceeded:
+        raise typer.Exit(BEYOND)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 
+from graphopt.pipeline.trace import finite
 from graphopt.report.text import Visible, plain
 
 WIDTH = 110
@@ -23,8 +24,8 @@ def show(*parts: RenderableType) -> None:
 
 
 def data(value: Any) -> None:
-    """Print plain data as JSON; infinities, which JSON has not, are text in it already."""
-    print(json.dumps(value, indent=1, allow_nan=False))
+    """Print plain data as JSON; infinities, which JSON has not, as text."""
+    print(json.dumps(finite(value), indent=1, allow_nan=False))
 
 
 def paths(run_dir: Path) -> None:

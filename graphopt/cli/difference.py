@@ -1,19 +1,28 @@
-"""`graphopt diff`: two runs side by side, as plain text."""
+"""`graphopt diff`: two runs side by side: recipes, figures, decisions, passes; and whether B is within bounds of A."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.cli.console import WIDTH
+from graphopt.errors import GraphoptError, nearest
+from graphopt.pipeline import PassRecord
 from graphopt.report import PassRow, Report
-from graphopt.report.text import bullet, pass_cells, plain, section, size_text
+from graphopt.report.text import bullet, pass_cells, section, size_text
 from graphopt.rundir import read_text
+
+_TIME = re.compile(r"\d+(\.\d+)? ms")
+_MOST = 40  # decisions that are printed
 
 _QUANTITIES: tuple[tuple[str, Callable[[Report], float | None], Callable[[float], str]], ...] = (
     ("metric before", lambda r: r.metric.before, lambda v: f"{v:.6g}"),
@@ -41,22 +50,127 @@ _QUANTITIES: tuple[tuple[str, Callable[[Report], float | None], Callable[[float]
 )
 
 
-def difference_text(run_a: Path, run_b: Path) -> str:
-    """Return what differs between two run directories; GraphoptError where one is none, or damaged."""
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two runs: for people, as plain data, and a sentence for each bound that does not hold."""
+
+    parts: list[RenderableType]
+    data: dict[str, Any]
+    exceeded: list[str]
+
+
+def difference(run_a: Path, run_b: Path, bounds: Sequence[str] = ()) -> Difference:
+    """Compare two run directories; GraphoptError where one is none, or damaged, or a bound says nothing.
+
+    `bounds`: texts like `size_ratio=1.05`, see `BOUNDS`; what is not known of both runs holds no bound.
+    """
+    wanted = [_bound(each) for each in bounds]
     a, b = Report.read(run_a), Report.read(run_b)
+    found = {name: get(a, b) for name, get in BOUNDS.items()}
+    exceeded = [said for name, bound in wanted if (said := _beyond(name, found[name], bound))]
+    decided = decisions(a, b)
     parts: list[RenderableType] = [
         Text(f"A  {run_a}: {a.recipe} for {a.target}"),
         Text(f"B  {run_b}: {b.recipe} for {b.target}"),
-    ]
-    parts += [
-        section("recipe"),
-        *recipe_lines(run_a, run_b),
-        section("figures"),
-        figures(a, b),
-        section("passes"),
-    ]
-    parts += pass_lines(a, b)
-    return plain(Group(*parts), WIDTH)
+        section("recipe"), *recipe_lines(run_a, run_b),
+        section("figures"), figures(a, b),
+        section("decisions"), *decision_lines(decided),
+        section("passes"), *pass_lines(a, b),
+    ]  # fmt: skip
+    if wanted:
+        held = [bullet("every bound holds", "green")]
+        parts += [section("bounds"), *([bullet(each, "red") for each in exceeded] or held)]
+    data = {
+        "a": str(run_a), "b": str(run_b), "figures": {name: [get(a), get(b)] for name, get, _ in _QUANTITIES},
+        "differences": found, "decisions": [dataclasses.asdict(each) for each in decided],
+        "parted": parting(a, b), "exceeded": exceeded,
+    }  # fmt: skip
+    return Difference(parts, data, exceeded)
+
+
+def _ratio(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None or first <= 0 else second / first
+
+
+def _drop(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _sqnr(report: Report) -> float | None:
+    return report.exported.sqnr_db if report.exported else None
+
+
+# What may be bounded: of B beside A, larger is worse.
+BOUNDS: dict[str, Callable[[Report, Report], float | None]] = {
+    "metric_drop": lambda a, b: _drop(a.metric.after, b.metric.after),
+    "size_ratio": lambda a, b: _ratio(a.size_bytes.after, b.size_bytes.after),
+    "latency_ratio": lambda a, b: _ratio(a.latency_ms.after, b.latency_ms.after),
+    "macs_ratio": lambda a, b: _ratio(a.macs.after, b.macs.after),
+    "params_ratio": lambda a, b: _ratio(a.parameters.after, b.parameters.after),
+    "sqnr_drop": lambda a, b: _drop(_sqnr(a), _sqnr(b)),
+}
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        if name in BOUNDS and not math.isnan(number := float(value)):
+            return name, number
+    except ValueError:
+        pass
+    names = ", ".join(BOUNDS)
+    raise GraphoptError(f"--max takes NAME=NUMBER with a name of {names}, not {text!r}{nearest(name, BOUNDS)}")
+
+
+def _beyond(name: str, found: float | None, bound: float) -> str:
+    if found is None:
+        return f"{name} is not known of both runs, so {bound:g} cannot be seen to hold"
+    return "" if found <= bound else f"{name} is {found:.4g}, more than {bound:g}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A place of which a pass said one thing in A and another in B; empty: nothing."""
+
+    key: str
+    node: str
+    a: str
+    b: str
+
+
+def decisions(a: Report, b: Report) -> list[Decision]:
+    """Return where passes of the same name decided otherwise."""
+    found = []
+    others = {record.key: record for record in b.trace}
+    for record in a.trace:
+        if (other := others.get(record.key)) is not None:
+            first, second = _decided(record), _decided(other)
+            places = [*first, *(place for place in second if place not in first)]
+            found += [
+                Decision(record.key, place, first.get(place, ""), second.get(place, ""))
+                for place in places if _untimed(first.get(place, "")) != _untimed(second.get(place, ""))
+            ]  # fmt: skip
+    return found
+
+
+def _decided(record: PassRecord) -> dict[str, str]:
+    return {site.node: site.reason for site in (*record.skipped, *record.touched)}
+
+
+def _untimed(reason: str) -> str:
+    """Return a reason without its times, which are never the same twice."""
+    return _TIME.sub("", reason)
+
+
+def decision_lines(found: list[Decision]) -> list[RenderableType]:
+    """Return a line for each place, as far as they are shown."""
+    if not found:
+        return [bullet("the same")]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    for each in found[:_MOST]:
+        table.add_row(*map(Text, (each.key, each.node, f"{each.a or 'nothing'} → {each.b or 'nothing'}")))
+    more = len(found) - _MOST
+    return [table, bullet(f"and {more} more; --json has all")] if more > 0 else [table]
 
 
 def recipe_lines(run_a: Path, run_b: Path) -> list[RenderableType]:

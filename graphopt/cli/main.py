@@ -3,6 +3,7 @@
 0   done
 1   a defect of graphopt; the stack trace is written to a file, `--debug` shows it
 2   a mistake of the user, or Ctrl-C: one sentence on standard error, nothing half written
+3   what was compared is beyond a bound that was given
 """
 
 from __future__ import annotations

@@ -92,19 +92,19 @@ class PassRecord:
         """Return the record as plain data for JSON, without the program texts."""
         data = dataclasses.asdict(self)
         del data["text"], data["before"]
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return plain data that JSON can write: infinities, which it does not have, as text, and what is not plain too."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
