@@ -120,16 +120,17 @@ def _figures(record: PassRecord, names: list[str]) -> list[Event]:
         if isinstance(table, Mapping):
             for name in names:
                 if name in table:
-                    text = f"{title.replace('_', ' ')}: {_figure(table[name])}"
+                    text = f"{title.replace('_', ' ')}: {figure_text(table[name])}"
                     found.append(Event(record.index, record.key, name, "figure", text))
     return found
 
 
-def _figure(value: Any) -> str:
+def figure_text(value: Any) -> str:
+    """Return a figure, or several, as a person reads it."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_figure(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {figure_text(each)}" for key, each in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_figure, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
+        return ", ".join(map(figure_text, value[:8])) + (f" and {len(value) - 8} more" if len(value) > 8 else "")
     return str(value)

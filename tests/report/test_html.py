@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,8 +14,7 @@ import pytest
 from report_runs import HOSTILE, result
 
 from graphopt.pipeline import PassRecord, Trace
-from graphopt.report import PassRow, Report
-from graphopt.report import html as html_module
+from graphopt.report import PassRow, Report, explorer
 from graphopt.report.html import html
 
 VOID = {"meta", "br", "link", "hr", "img", "input"}
@@ -52,37 +52,42 @@ def page_text() -> str:
     return html(Report.of(result()))
 
 
-def test_only_the_files_own_style_is_allowed(page_text: str) -> None:
+def test_only_the_files_own_style_and_script_are_allowed(page_text: str) -> None:
     page = Page(page_text)
     policy = next(each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
     style = re.search(r"<style>(.*?)</style>", page_text, re.DOTALL)
-    assert style is not None
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    assert "<" not in style[1]
+    script = re.search(r"<script>(.*?)</script>", page_text, re.DOTALL)
+    assert style is not None and script is not None
+    found = [base64.b64encode(hashlib.sha256(each[1].encode()).digest()).decode() for each in (style, script)]
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{found[0]}'; script-src 'sha256-{found[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert "<" not in style[1] and "</" not in script[1] and "<!--" not in script[1]
     assert not any("style" in attributes for _, attributes in page.elements)
 
 
-def test_nothing_is_loaded_and_nothing_runs(page_text: str) -> None:
+def test_nothing_is_loaded(page_text: str) -> None:
     page = Page(page_text)
-    assert not page.all("script")
+    assert [each.get("type") for each in page.all("script")] == ["application/json", None]
     for _, attributes in page.elements:
         assert not {"src", "href", "srcset", "action", "background"} & set(attributes)
         assert not any(name.startswith("on") for name in attributes)
-    assert "url(" not in page_text
-    assert "@import" not in page_text
+    assert "url(" not in page_text and "@import" not in page_text
+    assert not any(each in page_text for each in ("fetch(", "XMLHttpRequest", "innerHTML", "eval(", "import("))
 
 
 def test_hostile_names_are_text(page_text: str) -> None:
     """They come from the user's model: a node's name, a reason, a note, a recipe's name, an option."""
-    assert "<script" not in page_text
+    assert len(Page(page_text).all("script")) == 2
     assert "".join(Page(page_text).words["li"]).count(HOSTILE) >= 1
     row = PassRow(0, HOSTILE, options={HOSTILE: HOSTILE}, stem=HOSTILE, rejected=HOSTILE)
     report = Report(HOSTILE, HOSTILE, HOSTILE, [HOSTILE], passes=[row], budget={HOSTILE: 1.0}, exceeded=[HOSTILE])
-    record = PassRecord(0, "a", "a", f"{HOSTILE}\n", "before\n")
+    record = PassRecord(0, "a", "a", f"{HOSTILE}\n</script><!--\n", "before\n")
     text = html(dataclasses.replace(report, trace=Trace([record])))
-    assert "<script" not in text
-    assert HOSTILE in Page(text).words["ins"][0]
+    assert len(Page(text).all("script")) == 2
+    data = json.loads(Page(text).words["script"][0])
+    assert data["lines"] == [HOSTILE, "</script><!--"] and data["passes"][0]["key"] == HOSTILE
 
 
 def test_the_page_can_be_read_by_all(page_text: str) -> None:
@@ -104,28 +109,21 @@ def test_the_page_says_what_the_report_says(page_text: str) -> None:
     assert any("budget.latency_ratio ≤ 0.9 does not hold" in text for text in page.words["li"])
 
 
-def test_a_pass_that_changed_something_has_a_diff(page_text: str) -> None:
-    page = Page(page_text)
-    assert [text.strip() for text in page.words["summary"] if text.strip()][-1] == "002 code_weights"
-    assert any(line.startswith("+") and "graphopt.dequantize" in line for line in page.words["ins"])
-    assert any(line.startswith("-") and "@first.weight" in line for line in page.words["del"])
+def test_the_data_hold_every_program(page_text: str) -> None:
+    data = json.loads(Page(page_text).words["script"][0])
+    trace = Report.of(result()).trace
+    for record, each in zip(trace, data["passes"], strict=True):
+        assert each["key"] == record.key and each["changed"] == record.changed
+        lines = [data["lines"][line] for line in each["text"]]
+        assert lines == (record.text.splitlines() if record.changed or record.index == 0 else [])
+    assert len(set(data["lines"])) == len(data["lines"])
 
 
-def test_a_long_diff_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html_module, "_MOST_LINES", 3)
-    report = Report.of(result())
-    text = html(report)
-    lines = len(report.trace["code_weights"].diff().splitlines()) - 2
-    assert f"{lines - 3} more lines are left out here" in text
-    assert "trace/002_code_weights.txt" in text
-    assert len(Page(text).all("ins")) + len(Page(text).all("del")) <= 3
-
-
-def test_a_program_too_large_to_compare_is_pointed_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html_module, "_MOST_TEXT_BYTES", 10)
-    text = html(Report.of(result()))
-    assert "too large to be compared here" in text
-    assert not Page(text).all("ins")
+def test_programs_too_large_to_keep_are_pointed_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explorer, "_MOST_BYTES", 10)
+    data = json.loads(Page(html(Report.of(result()))).words["script"][0])
+    assert data["lines"] == [] and data["passes"][0]["text"] is None
+    assert data["passes"][0]["stem"] == "000_capture"
 
 
 def test_save_html_is_one_file(tmp_path: Path) -> None:
