@@ -62,6 +62,9 @@ class Result:
 
         return Report.of(self)
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def export(self, path: str | Path, measure: bool = True) -> ExportReport:
         """Write the program for its target, check the file, run it in the runtime and compare; see ExportReport.
 

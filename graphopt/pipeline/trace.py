@@ -11,8 +11,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ class Trace:
     def __len__(self) -> int:
         return len(self.records)
 
+    def _repr_html_(self) -> str:
+        """Return the passes as a table, for notebooks."""
+        rows = []
+        for record in self.records:
+            kind = "" if record.index == 0 else ("exact" if record.exact else "lossy")
+            error = "rejected" if record.rejected else ("" if record.error is None else f"{record.error:.0e}")
+            error = error or ("" if record.sqnr_db is None else f"{record.sqnr_db:.1f} dB")
+            fired, declined = len(record.touched) or "", len(record.skipped) or ""
+            cells = (f"{record.index:03d}", record.key, kind, record.nodes, f"{record.parameter_bytes:,}", error)
+            rows.append((*cells, fired, declined, f"{record.seconds:.2f}"))
+        heading = ("", "pass", "kind", "nodes", "parameter bytes", "error", "fired", "declined", "seconds")
+        return html_table(heading, rows)
+
     def key_for(self, name: str) -> str:
         """Return the key that the next record of a pass gets."""
         count = sum(record.name == name for record in self.records)
@@ -173,6 +187,16 @@ class Trace:
         if not records:
             raise GraphoptError(f"the trace {folder} is damaged (it holds no records); run the optimization again")
         return Trace(records)
+
+
+def html_table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table as HTML, escaped."""
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', heading)}</thead><tbody>{body}</tbody></table>"
 
 
 def _record_files(folder: Path) -> list[Path]:

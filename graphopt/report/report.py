@@ -12,6 +12,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass, field
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -24,6 +25,7 @@ from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.rewriter import Site
 from graphopt.pipeline import PassRecord, Trace
+from graphopt.pipeline.trace import html_table
 from graphopt.rundir import MARKER, damaged, read_text
 
 if TYPE_CHECKING:
@@ -273,6 +275,15 @@ class Report:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def _repr_html_(self) -> str:
+        """Return figures, passes and what does not hold, for notebooks; `save_html` writes everything."""
+        from graphopt.report.text import figure_rows
+
+        figures = html_table(("", "before", "after", ""), list(figure_rows(self)))
+        said = [*self.exceeded, *self.notes]
+        notes = "<ul>" + "".join(f"<li>{escape(each)}</li>" for each in said) + "</ul>" if said else ""
+        return f"<p>{escape(self.recipe)} for {escape(self.target)}</p>{figures}{self.trace._repr_html_()}{notes}"
 
     def __rich__(self) -> RenderableType:
         from graphopt.report.text import summary

@@ -132,5 +132,17 @@ def test_save_html_is_one_file(tmp_path: Path) -> None:
     Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
+def test_notebooks_show_results_reports_and_traces() -> None:
+    run = result()
+    for shown in (run, Report.of(run)):
+        page = Page(shown._repr_html_())
+        assert "budget.latency_ratio ≤ 0.9 does not hold" in " ".join(page.words["li"])
+        assert {"metric", "90", "89.5", "code_weights"} <= {text.strip() for text in page.words["td"]}
+        assert not page.all("script")
+    page = Page(run.trace._repr_html_())
+    assert len(page.all("tr")) == 1 + len(run.trace)
+    assert Page(Trace([PassRecord(0, HOSTILE, HOSTILE, "")])._repr_html_()).words["td"][1] == HOSTILE
+
+
 def test_an_empty_report_is_a_page() -> None:
     Page(html(Report()))
