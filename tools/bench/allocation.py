@@ -5,7 +5,8 @@
     tools/bench/allocation.py                                       every row; an hour
     tools/bench/allocation.py --setting NAME --method EvoPress      some of them
     tools/bench/allocation.py --speed                               the solver, and two processes beside one
-    tools/bench/allocation.py --docs docs/allocation.md             write the tables of what was measured last
+    tools/bench/allocation.py --docs docs/allocation.md             write the tables of what was measured last, and draw
+                                                                    the pictures of docs/search.md
 
 Every row chooses among the same levels, computed once, at what a uniform level costs; candidates are put together from
 them and judged on held-out data by their divergence from the original. `evaluations` counts candidates judged on all of
@@ -298,7 +299,7 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=known, default=known)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), help="uniform comes along")
     parser.add_argument("--speed", action="store_true", help="time the solver and processes instead; run it alone")
-    parser.add_argument("--docs", type=Path, help="write the tables of all that was measured here, and measure nothing")
+    parser.add_argument("--docs", type=Path, help="write tables and pictures, and measure nothing")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -313,6 +314,7 @@ def main() -> None:
         if not RESULTS.exists():
             parser.error(f"nothing was measured yet: {RESULTS} is not there; run without --docs first")
         given.docs.write_text(tables())
+        subprocess.run([sys.executable, ROOT / "tools" / "draw_search.py"], check=True)
     else:
         run(given.setting, given.method)
 
