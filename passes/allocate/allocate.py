@@ -120,7 +120,7 @@ class Allocate(Composite):
     def compose(
         self, program: Program, branch: Callable[[Sequence[Pass], Context], Branch], context: Context
     ) -> tuple[Branch | None, Changes]:
-        started = time.perf_counter()
+        started, making = time.perf_counter(), 0.0
         limits = _limits(context, program)
         if not limits and context.budget.latency_ratio is None and context.budget.metric_drop is None:
             names = ", ".join([*_BOUNDS, "latency_ratio", "metric_drop"])
@@ -135,15 +135,16 @@ class Allocate(Composite):
                     if not attempt:
                         raise
                     break  # the bound was lowered too far; what was made before stays
-                passes = work.choices.chosen(chosen.assignment)
+                passes, begun = work.choices.chosen(chosen.assignment), time.perf_counter()
                 made = branch(passes, context) if passes else None
+                making += time.perf_counter() - begun
                 if not (missed := work.slower(made.program if made is not None else program)):
                     break
                 work.facts["note"] = missed
             changes = work.changes(chosen)
         spent = {
             "all": time.perf_counter() - started, "levels": work.level_seconds,
-            "evaluations": work.evaluator.seconds, "estimates": work.search.estimate_seconds,
+            "evaluations": work.evaluator.seconds, "estimates": work.search.estimate_seconds, "making": making,
         }  # fmt: skip
         changes.facts["seconds"] = {name: round(each, 3) for name, each in spent.items()}
         return made, changes
