@@ -235,12 +235,12 @@ def speed() -> dict[str, Any]:
     started = time.perf_counter()
     integer_program(Problem(units, {"size_bytes": float(sizes.sum() * 3.3 / 8)}), losses)
     figures: dict[str, Any] = {"program_seconds": time.perf_counter() - started}
-    material = TASKS["digits_vit"].make()
+    material = TASKS["language"].make()
     for workers in (1, 2):
-        allocate = Allocate(choices=(_MIXED,), workers=workers, evaluations=300, compare=())
+        allocate = Allocate(choices=(_LANGUAGE,), workers=workers, evaluations=150, compare=())
         result = graphopt.optimize(
             material.model, material.example_inputs, [*builtin("exact").passes, allocate],
-            calibration=material.calibration, budget=graphopt.Budget(average_bits=6),
+            calibration=material.calibration, budget=graphopt.Budget(average_bits=4),
         )  # fmt: skip
         figures[f"{workers} processes"] = result.trace["allocate"].facts["seconds"]
     one, two = (figures[f"{workers} processes"] for workers in (1, 2))
