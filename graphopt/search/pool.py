@@ -12,8 +12,8 @@ import itertools
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,6 +22,8 @@ import torch
 from graphopt.errors import GraphoptError
 
 _BREAKS = 2  # of the pool, before what is left is tried task by task
+_IDLE = 300  # seconds after which a process that nobody asks ends
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _GRACE = 5.0  # seconds beyond a time-out, after which a process that does not hear is ended
 
 
@@ -90,18 +92,29 @@ class Pool:
                 result = Lost("its process died; it may need more memory than there is")
             yield index, result
 
-    def _on_this_machine(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
-        import joblib
+    def warm(self) -> None:
+        """Start the processes of this machine while there is other work to do: that takes seconds."""
+        if (self.workers > 1 or self.timeout is not None) and not self.cluster:
+            executor = _executor(self.workers)
+            for _ in range(self.workers):
+                executor.submit(_started)
 
-        calls = [joblib.delayed(_call)(work, index, task, self.timeout) for index, task in tasks.items()]
-        with joblib.parallel_config("loky", inner_max_num_threads=1), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
-            # With one worker joblib would stay in this process: there are two then, and one task at a time.
-            parallel = joblib.Parallel(
-                max(workers, 2), return_as="generator_unordered", batch_size=1,
-                pre_dispatch="2 * n_jobs" if workers > 1 else 1,
-            )  # fmt: skip
-            yield from parallel(calls)
+    def _on_this_machine(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
+        executor, left = _executor(workers), iter(list(tasks.items()))
+        waiting: set[Any] = set()
+        try:
+            while True:
+                # Few at a time: what waits in a process that dies is lost with it.
+                for item in itertools.islice(left, 2 * workers - len(waiting)):
+                    waiting.add(executor.submit(_call, work, *item, self.timeout))
+                if not waiting:
+                    return
+                done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+                for each in sorted(done, key=lambda each: each.exception() is not None):  # what was done, first
+                    yield each.result()
+        finally:
+            for each in waiting:
+                each.cancel()
 
     def _on_ray(self, work: Work, tasks: Mapping[int, Any], workers: int) -> Iterator[tuple[int, Any]]:
         """joblib's backend for Ray returns all results or none, so this one asks Ray itself."""
@@ -120,6 +133,20 @@ class Pool:
         finally:
             for each in waiting:
                 ray.cancel(each, force=True)
+
+
+def _executor(workers: int) -> Any:
+    """Return joblib's processes, those of before where they are alive."""
+    from joblib.externals.loky import get_reusable_executor
+
+    return get_reusable_executor(max_workers=workers, timeout=_IDLE, env=dict.fromkeys(_THREADS, "1"))
+
+
+def _started() -> None:
+    """In a worker: import what tasks need, this module and torch with it."""
+    from graphopt.pipeline import pass_classes
+
+    pass_classes()
 
 
 def _here(work: Work, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:

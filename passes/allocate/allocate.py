@@ -209,6 +209,8 @@ class _Work:
         decides = (options.choices, options.skip, context.seed, options.samples, sorted(limits.items()))
         key = run_key(program, data, *decides)
         known, started = folder / "choices.json", time.perf_counter()
+        pool = Pool(options.workers, options.cluster, options.timeout)
+        pool.warm()
         if (folder / "key").exists() and (folder / "key").read_text() == key and known.exists():
             choices = Choices.from_json(known.read_text())
         else:
@@ -226,7 +228,6 @@ class _Work:
             choices = with_latencies(choices, program, context, options.name)
             limits = limits | {LATENCY: ratio * choices.problem.costs(choices.problem.start)[LATENCY]}
         problem = dataclasses.replace(choices.problem, limits=limits)
-        pool = Pool(options.workers, options.cluster, options.timeout)
         evaluator = Evaluator(problem, kept, pool, context.journal, context.progress)
         return _Work(options, context, program, choices, evaluator, Store(folder), batches, level_seconds)
 
