@@ -336,6 +336,8 @@
     showGraphs();
   };
 
+  // Scales and zero points stand beside every quantize; they are left out unless they are asked for.
+  const beside = (graph, name) => /_(scale|zero_point)(_\d+)?$/.test(name) && !graph.get(name).operator;
   // The surroundings of a node in a program: nodes within some steps, in layers from inputs to outputs.
   const around = (graph, name, steps) => {
     const chosen = new Set(graph.has(name) ? [name] : []);
@@ -343,7 +345,7 @@
     for (let k = 0; k < steps; k++) {
       const next = [];
       for (const each of edge) for (const other of [...graph.get(each).inputs, ...graph.get(each).readers])
-        if (!chosen.has(other) && chosen.size < MOST_BOXES) { chosen.add(other); next.push(other); }
+        if (!chosen.has(other) && !beside(graph, other) && chosen.size < MOST_BOXES) { chosen.add(other); next.push(other); }
       edge = next;
     }
     return chosen;
