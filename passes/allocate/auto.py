@@ -171,7 +171,7 @@ class _Work:
         if not self.options.minutes or not tried:
             return ""
         longest = max(each.seconds for each in tried)
-        needed = longest if len(tried) > 1 else _TIMES * longest
+        needed = longest * (_TIMES if [each.attempt.name for each in tried] == ["int8"] else 1)
         spent = time.perf_counter() - begun
         # What was decided once is decided so when the run goes on.
         late = self.context.journal.recorded(
