@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from graphopt.budget import Budget
 from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.rewriter import Site
 from graphopt.pipeline import PassRecord, Trace
-from graphopt.pipeline.trace import html_table
+from graphopt.pipeline.trace import finite, html_table
 from graphopt.rundir import MARKER, damaged, read_text
 
 if TYPE_CHECKING:
@@ -313,6 +312,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return finite(value)
