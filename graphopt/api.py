@@ -110,6 +110,7 @@ def optimize(
             after = rated(evaluate, optimized, "the optimized model", seed, finite=True) if evaluate else None
             notes = list(dict.fromkeys([*program.notes, *notes, *trace.notes]))
             result = Result(optimized, program, trace, chosen, profile, budget or Budget(), notes, after, before)
+            result.samples = batches
             result.notes += [f"{record.key} was rejected: {record.rejected}" for record in trace if record.rejected]
             result.notes += [f"{record.key}: {step}" for record in trace for step in record.facts.get("path", ())]
             result.notes += [
@@ -120,7 +121,7 @@ def optimize(
             ]
             if run_dir is not None:
                 with shown.stage("export and measure"):
-                    result.save(run_dir)
+                    result.save(run_dir, progress=shown)
             if unfinished is not None:
                 unfinished.finish()
         finally:

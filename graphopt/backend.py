@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +25,8 @@ class ExportReport:
         latency_ms, baseline_latency_ms: medians of this file and of the float export, interleaved, one thread;
             None where not measured.
         baseline_size_bytes: of the float export.
+        node_ms, baseline_node_ms: milliseconds a run of each operator, by its name in the program, of this file and of
+            the float export, by the runtime's profiler; empty where not measured.
         slow_nodes: where the time went, filled in when the file is slower than its baseline.
         notes: sentences about what was decided on the way.
     """
@@ -39,6 +41,8 @@ class ExportReport:
     latency_ms: float | None = None
     baseline_latency_ms: float | None = None
     baseline_size_bytes: int | None = None
+    node_ms: dict[str, float] = field(default_factory=dict)
+    baseline_node_ms: dict[str, float] = field(default_factory=dict)
     slow_nodes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -82,6 +86,25 @@ class Profile:
     size_bytes: int = 0
 
 
+Rounds = Callable[[Any], Any]  # rounds a tensor as the runtime rounds what it shows
+See = Callable[[str, str, Any, Rounds | None], None]  # a site, the node at which it shows, the value, how it is rounded
+
+
+class Observer(Protocol):
+    """Shows what the sites of a program give where something else than torch computes it.
+
+    A site is the name of an operator. It may show at an operator behind it, which the runtime computes together with
+    it, and rounded, where it gives nothing else: then it is to be compared with other values rounded alike. Sites that
+    cannot be seen are left out. `exact` holds the values of a reference, by the names of its nodes.
+    """
+
+    def local(self, flat: list[Any], exact: Mapping[str, Any], sites: Collection[str], see: See) -> None:
+        """Show what each site gives where everything before it is exact."""
+
+    def propagated(self, flat: list[Any], exact: Mapping[str, Any], sites: Collection[str], see: See) -> None:
+        """Show what each site gives on the inputs."""
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What a backend offers."""
@@ -97,6 +120,12 @@ class Backend(Protocol):
 
     def export(self, program: Program, path: Path, baseline: Program | None, measure: bool) -> ExportReport:
         """Lower, check, run, compare with `program` and `baseline`, and measure."""
+
+    def observer(self, path: Path, program: Program) -> Observer:
+        """Look into the runtime while it computes the file that a program was lowered to.
+
+        Raises GraphoptError where the file does not load.
+        """
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
         """Time files that take the same inputs in turns, on inputs made up from what the first one declares.

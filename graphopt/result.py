@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.backend import ExportReport
 from graphopt.budget import Budget
-from graphopt.errors import GraphoptError, NotExpressible
+from graphopt.calibration import Batches
+from graphopt.errors import GraphoptError, NotExpressible, described
 from graphopt.files import replacing_folder, write_text
 from graphopt.ir.program import Program, ProgramModule
 from graphopt.pipeline import Context, Recipe, Trace, backend, make_pass
 from graphopt.pipeline.registry import UnknownPass, targets
+from graphopt.progress import Progress, default_progress
 from graphopt.rundir import MARKER, RUN_FILES, read_text
 from graphopt.target import Target
 
 if TYPE_CHECKING:
+    from graphopt.causes import Causes
     from graphopt.report import Report
 
 _NO_FILE = "no model.onnx was written: "
+_NO_CAUSES = "root causes are not known: "
 
 
 @dataclass
@@ -33,6 +38,7 @@ class Result:
         notes: sentences about choices made on the way.
         metric, original_metric: of the user's `evaluate`, after and before.
         exported: the report of the last export.
+        causes: where it loses what it loses; see `explain`. samples: calibration data that it is looked for on.
     """
 
     program: Program
@@ -45,6 +51,8 @@ class Result:
     metric: float | None = None
     original_metric: float | None = None
     exported: ExportReport | None = None
+    causes: Causes | None = None
+    samples: Batches | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def module(self) -> ProgramModule:
@@ -88,8 +96,32 @@ class Result:
         make_pass("retype_floats").run(program, Context(self.target))
         return program
 
-    def save(self, folder: str | Path) -> None:
+    def explain(
+        self,
+        calibration: Iterable[Any] | None = None,
+        file: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Causes | None:
+        """Find where the result loses what it loses, and try what would help; None where nothing is quantized.
+
+        Sites are looked at on the first rows of `calibration`, by default of the data that the passes were given, or
+        on the example inputs; in the runtime too, as it computes `file`, by default that of the last export where it is
+        still there. The report shows what was found. Raises GraphoptError where the captured model is not at hand
+        (after `load`), the data does not fit or the file cannot be run.
+        """
+        from graphopt.causes import find_causes
+
+        batches = self.samples if calibration is None else Batches(calibration, self.program)
+        path = Path(file) if file is not None else self.exported.path if self.exported is not None else None
+        if file is None and path is not None and not path.exists():
+            path = None
+        self.causes = find_causes(self, batches, path, progress or default_progress())
+        return self.causes
+
+    def save(self, folder: str | Path, progress: Progress | None = None) -> None:
         """Write the run directory, all or nothing: model.onnx and .pt2, recipe.yaml, report.json and .html, trace/.
+
+        The report tells root causes (`explain`), which are looked for now if nobody did before.
 
         An older run directory is replaced as a whole, so it may hold nothing but these. Where the target has no form
         for the program, model.onnx is missing and the report says why. Raises GraphoptError where anything else goes
@@ -99,7 +131,7 @@ class Result:
         try:
             with replacing_folder(Path(folder), MARKER, RUN_FILES) as temporary:
                 try:
-                    self._write(temporary, Path(folder))
+                    self._write(temporary, Path(folder), progress)
                 except GraphoptError as error:
                     reason = str(error).replace(str(temporary), str(folder))
                     raise GraphoptError(f"{reason}; the run was not saved to {folder}") from error
@@ -107,9 +139,9 @@ class Result:
             self.exported, self.notes = exported, notes
             raise
 
-    def _write(self, temporary: Path, final: Path) -> None:
+    def _write(self, temporary: Path, final: Path, progress: Progress | None) -> None:
         """Write into `temporary`, a new folder, what will stand in `final`."""
-        self.notes = [note for note in self.notes if not note.startswith(_NO_FILE)]
+        self.notes = [note for note in self.notes if not note.startswith((_NO_FILE, _NO_CAUSES))]
         try:
             self.export(temporary / "model.onnx")
         except NotExpressible as error:
@@ -117,6 +149,11 @@ class Result:
             self.notes.append(_NO_FILE + str(error).replace(str(temporary), str(final)))
             for name in ("model.onnx", "model.onnx.data"):
                 (temporary / name).unlink(missing_ok=True)
+        if self.causes is None and self.original is not None:
+            try:
+                self.explain(progress=progress)
+            except Exception as error:  # the model is good; only its explanation is missing
+                self.notes.append(_NO_CAUSES + (str(error) if isinstance(error, GraphoptError) else described(error)))
         self.program.save(temporary / "model.pt2")
         write_text(temporary / "recipe.yaml", self.recipe.to_yaml())
         self.trace.save(temporary / "trace")

@@ -13,7 +13,8 @@ import graphopt
 from graphopt import demo
 from graphopt.passes import Allocate
 from graphopt.pipeline import builtin
-from graphopt.report.allocation import alone, pictures
+from graphopt.report.allocation import pictures
+from graphopt.report.svg import alone
 
 PICTURES = Path(__file__).resolve().parents[1] / "docs" / "pictures"
 

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from graphopt.backend import ExportReport, Profile, Timing
-from graphopt.backends.onnx.candidates import time_programs
+from graphopt.backends.onnx.candidates import node_times, time_programs
 from graphopt.backends.onnx.compare import load_session, output_scales, output_steps, run_onnx, session_options, sqnr_db
 from graphopt.backends.onnx.fusion import check_fusion, has_signed_activations
 from graphopt.backends.onnx.latency import measure_latency
 from graphopt.backends.onnx.lowering import lower
 from graphopt.backends.onnx.naming import input_names
+from graphopt.backends.onnx.observer import OnnxObserver
 from graphopt.backends.onnx.openvino_runtime import Comparison, compare_with_openvino, load_openvino
 from graphopt.backends.onnx.profile import explain_slowdown
 from graphopt.backends.onnx.target import TARGETS
@@ -120,6 +121,9 @@ class OnnxBackend:
         report.baseline_size_bytes = _file_bytes(reference)
         if measure:
             self._measure(report, reference, feeds)
+            report.node_ms = node_times(program, report.path, feeds, report.latency_ms or 0.0)
+            latency = report.baseline_latency_ms or 0.0
+            report.baseline_node_ms = node_times(baseline, reference, feeds, latency, report.node_ms)
 
     @staticmethod
     def _measure(report: ExportReport, reference: Path, feeds: dict[str, Any]) -> None:
@@ -162,6 +166,10 @@ class OnnxBackend:
         """
         self.other_runtimes([runtime])
         return compare_with_openvino(path, made_up_feeds(declared_inputs(path, threads)), threads)
+
+    def observer(self, path: Path, program: Program) -> OnnxObserver:
+        """Look into ONNX Runtime while it computes a file; see `OnnxObserver`."""
+        return OnnxObserver(path, program)
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
         """Time files that take the same inputs in turns; see `timing.measure`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,44 @@ def time_programs(
 ) -> dict[str, Profile]:
     """Return the profile of each program, written to the file under the same label, on `feeds`."""
     times = measure_latency(files, feeds, min_seconds=_SECONDS, max_seconds=_MOST_SECONDS)
-    found = {}
-    for label, program in programs.items():
-        nodes = by_operator(profile_by_node(files[label], feeds, runs=_PROFILED), _names(program))
-        factor = times[label].median_ms / (sum(nodes.values()) or 1.0)
-        found[label] = Profile(times[label].median_ms, {name: spent * factor for name, spent in nodes.items()})
-    return found
+    return {
+        label: Profile(times[label].median_ms, node_times(program, files[label], feeds, times[label].median_ms))
+        for label, program in programs.items()
+    }
+
+
+def node_times(
+    program: Program,
+    file: Path,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    latency_ms: float,
+    known: Collection[str] = (),
+) -> dict[str, float]:
+    """Return the milliseconds of each operator of the program that a file was written from, adding up to a latency.
+
+    With `known` names, an operator of none of them counts with the first known one that it follows from: a batch norm
+    with its convolution.
+    """
+    nodes = by_operator(profile_by_node(file, feeds, runs=_PROFILED), _names(program))
+    if known:
+        nodes = _attributed(nodes, program, known)
+    factor = latency_ms / (sum(nodes.values()) or 1.0)
+    return {name: spent * factor for name, spent in nodes.items()}
+
+
+def _attributed(times: Mapping[str, float], program: Program, known: Collection[str]) -> dict[str, float]:
+    """Return the times by the names of `known` operators, or of the first of them that an operator follows from."""
+    owners: dict[str, str] = {}
+    for node in program.graph.nodes:
+        above = [owners[source.name] for source in node.all_input_nodes if source.name in owners]
+        if node.op == "call_function" and node.name in known:
+            owners[node.name] = node.name
+        elif node.op == "call_function" and above:
+            owners[node.name] = above[0]
+    found: dict[str, float] = defaultdict(float)
+    for name, spent in times.items():
+        found[owners.get(name, name)] += spent
+    return dict(found)
 
 
 def _names(program: Program) -> dict[str, str]:

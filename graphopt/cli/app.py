@@ -112,28 +112,39 @@ def inspect(
             help="Find the first pass beyond error=1e-5, sqnr=30 (dB) or metric=98.5; the last runs the passes again.",
         ),
     ] = None,
+    causes: Annotated[
+        bool,
+        typer.Option(
+            "--causes",
+            help="Tell where the error comes from, place by place; with --model, measure it again, on --calibration.",
+        ),
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL.onnx", help="For --causes --model: look at this file instead of the run's own."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="For --bisect metric=...: what was optimized.")
+        str | None, typer.Option(metavar="MODEL", help="For --causes and --bisect metric=...: what was optimized.")
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="For --bisect metric=...: the metric.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FILE.npz", help="For --bisect metric=...: what the passes were given.")
+        Path | None, typer.Option(metavar="FILE.npz", help="For the same: what the passes were given.")
     ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Allow unpickling a .pt2; this runs code from the file.")
     ] = False,
 ) -> None:
-    """Show what a run did, what one pass of it did, the story of one place, or where an error came in."""
+    """Show what a run did, what one pass did, the story of one place, where an error came in, or what causes it."""
     from graphopt.cli import console
     from graphopt.cli import inspect as views
     from graphopt.errors import GraphoptError
     from graphopt.report import Report
 
-    if sum(each is not None for each in (pass_, why, bisect)) > 1:
-        raise GraphoptError("give one of --pass, --why and --bisect")
+    if sum(bool(each) for each in (pass_, why, bisect, causes)) > 1:
+        raise GraphoptError("give one of --pass, --why, --bisect and --causes")
     report = Report.read(run_dir)
     if pass_ is not None:
         view = views.one_pass(report, pass_)
@@ -142,6 +153,9 @@ def inspect(
     elif bisect is not None:
         replay = views.Replay(model, evaluate, calibration, trust, report.target) if model and evaluate else None
         view = views.first_beyond(report, bisect, replay)
+    elif causes:
+        measured = views.measured_causes(run_dir, model, calibration, file, trust) if model else None
+        view = views.where_from(measured or report.causes)
     else:
         view = views.whole(report)
     if as_json:

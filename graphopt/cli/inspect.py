@@ -13,11 +13,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.causes import Causes
 from graphopt.errors import GraphoptError
 from graphopt.pipeline import PassRecord, Trace
 from graphopt.report import Report
+from graphopt.report.report import plain_data
 from graphopt.report.story import Event, story
-from graphopt.report.text import bullet, passes, pipeline, section, summary
+from graphopt.report.text import bullet, db_text, listed, passes, pipeline, section, summary
 
 _FEW = 8  # figures that fit on a line
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
@@ -160,6 +162,57 @@ def _by_metric(trace: Trace, bound: float, metric: Callable[[int], float]) -> Vi
 def _first(first: PassRecord, what: str, steps: list[dict[str, Any]]) -> View:
     then = f"graphopt inspect RUN_DIR --pass {first.key} shows what it did"
     return View([Text(f"{first.key} (pass {first.index}) {what}"), Text(then)], _found(first, steps))
+
+
+def where_from(causes: Causes | None) -> View:
+    """Return where the error comes from: every place as a line of a table, what is wrong, and what helps."""
+    if causes is None:
+        raise GraphoptError(
+            "this run does not tell where its error comes from; give --model, and --calibration, to measure it now"
+        )
+    data = plain_data(causes)
+    if not causes.sites:
+        return View([Text("Nothing that is quantized differs from the captured model.")], data)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    words = ("place", "weights", "inputs")
+    numbers = ("share", "at outputs", "own", "of weights", "of inputs", "behind", "in runtime")
+    for index, heading in enumerate((*words, *numbers)):
+        table.add_column(heading, justify="left" if index < 3 else "right", overflow="fold")
+    for each in causes.sites:
+        share = "" if each.share is None else f"{100 * each.share:.3g} %"
+        figures = (each.effect_db, each.local_db, each.weights_db, each.inputs_db, each.propagated_db)
+        cells = (each.node, each.weights, each.inputs, share, *map(db_text, figures), each.runtime)
+        table.add_row(*map(Text, cells), style="yellow" if each.defects else "")
+    parts: list[RenderableType] = [table]
+    if causes.defective:
+        parts.append(section("something is wrong"))
+        ordered = sorted(causes.defective, key=lambda each: each.position)
+        parts += [bullet(f"{each.node}: {'; '.join(each.defects)}", "yellow") for each in ordered]
+    if causes.unseen:
+        parts += [section("not to be seen in the runtime"), bullet(listed(causes.unseen))]
+    if causes.remedies:
+        parts.append(section("what helps (tried)"))
+        parts += [bullet(str(each)) for each in causes.remedies]
+    return View(parts, data)
+
+
+def measured_causes(run_dir: Path, model: str, calibration: Path | None, file: Path | None, trust: bool) -> Causes:
+    """Measure where the error of a run comes from, in torch and in the runtime.
+
+    Args:
+        model, calibration: what was optimized, and with what data. file: to look at in the place of the run's own.
+    """
+    from graphopt.capture import capture
+    from graphopt.cli.named import load_model
+    from graphopt.cli.samples import SampleFile
+    from graphopt.result import load
+
+    result = load(run_dir, trust=trust)
+    named = load_model(model)
+    result.original = capture(named.model, named.example_inputs, dynamic_shapes=named.dynamic_shapes, trust=trust)
+    data = SampleFile.open(calibration).batches(result.original) if calibration is not None else None
+    found = result.explain(data, file)
+    return found if found is not None else Causes()
 
 
 def _facts(facts: dict[str, Any]) -> Iterator[RenderableType]:

@@ -207,7 +207,7 @@ class Rewriter:
         if node.op == "call_function":
             self.changes.edits.append(Edit("removed", node.name, "dead"))
 
-    def rewire(self, node: fx.Node, **arguments: Any) -> None:
+    def rewire(self, node: fx.Node, /, **arguments: Any) -> None:
         """Set arguments of a call by their schema names; TypeError where the operator has no such argument."""
         args, kwargs = positional(node, arguments)
         if args == node.args and kwargs == node.kwargs:

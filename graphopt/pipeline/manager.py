@@ -163,6 +163,8 @@ class _Run:
             return self.compose(each, inserted, program)
         record = PassRecord(len(self.trace), each.name, self.trace.key_for(each.name), "", self.trace.records[-1].text)
         record.options, record.exact, record.inserted = each.options, each.exact, inserted
+        if each.quantizes and all(known.given is None for known in self.trace.records):
+            record.given = program
         self._note_unmatched(each, program)
         candidate, changes, versions = program.clone(), Changes(), _versions(program)
         try:

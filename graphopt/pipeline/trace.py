@@ -43,6 +43,7 @@ class PassRecord:
         sqnr_db: of the outputs against the captured program (lossy passes that changed something).
         rejected: why the manager dropped the changes, or empty.
         touched, skipped: places and reasons. facts: figures the pass reports.
+        given: the program it was given, kept of the first pass that quantizes; not part of what is saved.
     """
 
     index: int
@@ -74,6 +75,7 @@ class PassRecord:
     touched: list[Site] = field(default_factory=list)
     skipped: list[Site] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    given: Any = field(default=None, repr=False, compare=False)
 
     @property
     def changed(self) -> bool:
@@ -91,8 +93,8 @@ class PassRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON, without the program texts."""
-        data = dataclasses.asdict(self)
-        del data["text"], data["before"]
+        data = dataclasses.asdict(dataclasses.replace(self, given=None))
+        del data["text"], data["before"], data["given"]
         return {key: finite(value) for key, value in data.items()}
 
 
@@ -167,7 +169,7 @@ class Trace:
     @staticmethod
     def load(folder: Path) -> Trace:
         """Read what `save` wrote; GraphoptError where a record is damaged or missing."""
-        known = {field.name for field in dataclasses.fields(PassRecord)} - {"text", "before"}
+        known = {field.name for field in dataclasses.fields(PassRecord)} - {"text", "before", "given"}
         reader = TypeAdapter(PassRecord)
         records: list[PassRecord] = []
         for path in _record_files(folder):

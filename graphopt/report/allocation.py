@@ -7,13 +7,14 @@ figures from a trace that may have been tampered with: everything is escaped, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from graphopt.pipeline import PassRecord
+from graphopt.report.svg import bar, dot, line, scale, short, svg, text
 
 _MOST_UNITS = 200  # rows of a picture; the trace holds all
 _WIDTH, _LEFT, _RIGHT, _ROW, _TOP = 760, 270, 60, 18, 34
@@ -66,95 +67,55 @@ def front(points: Any, chosen: Any, resource: str) -> Markup | None:
     found = [each for each in found if _positive(each.get("loss")) and _number(each.get("cost"))]
     if len(found) < 2:
         return None
-    across = _scale([float(each["cost"]) for each in found], 90, _WIDTH - 40)
+    across = scale([float(each["cost"]) for each in found], 90, _WIDTH - 40)
     height = 300
-    up = _scale([math.log10(float(each["loss"])) for each in found], height - 40, 20)
+    up = scale([math.log10(float(each["loss"])) for each in found], height - 40, 20)
     parts = [
-        _line(90, height - 40, _WIDTH - 40, height - 40), _line(90, 20, 90, height - 40),
-        _text(_WIDTH - 40, height - 8, resource, "end"), _text(8, 14, "loss"),
+        line(90, height - 40, _WIDTH - 40, height - 40), line(90, 20, 90, height - 40),
+        text(_WIDTH - 40, height - 8, resource, "end"), text(8, 14, "loss"),
     ]  # fmt: skip
     for cost in (min(float(each["cost"]) for each in found), max(float(each["cost"]) for each in found)):
-        parts.append(_text(across(cost), height - 24, f"{cost:.4g}", "middle"))
+        parts.append(text(across(cost), height - 24, f"{cost:.4g}", "middle"))
     for loss in (min(float(each["loss"]) for each in found), max(float(each["loss"]) for each in found)):
-        parts.append(_text(84, up(math.log10(loss)) + 4, f"{loss:.2g}", "end"))
+        parts.append(text(84, up(math.log10(loss)) + 4, f"{loss:.2g}", "end"))
     for each in found:
         title = f"{each.get('origin', '')}: loss {float(each['loss']):.3g} at {float(each['cost']):.5g}"
         x, y = across(float(each["cost"])), up(math.log10(float(each["loss"])))
-        parts.append(_dot(x, y, 5, each["loss"] == chosen, title))
-    return _svg(_WIDTH, height, parts, "Pareto front: loss of the candidates over their cost")
+        parts.append(dot(x, y, 5, each["loss"] == chosen, title))
+    return svg(_WIDTH, height, parts, "Pareto front: loss of the candidates over their cost")
 
 
 def losses_of_units(losses: Mapping[str, Mapping[str, float]], levels: Mapping[str, str]) -> Markup:
     """Return a row for each unit: its loss at each level, alone, on a logarithmic axis; the chosen level is filled."""
     known = [loss for each in losses.values() for loss in each.values() if _positive(loss)]
-    across = _scale([math.log10(loss) for loss in known], _LEFT, _WIDTH - _RIGHT)
+    across = scale([math.log10(loss) for loss in known], _LEFT, _WIDTH - _RIGHT)
     parts = []
     for loss in {min(known, default=1.0), max(known, default=1.0)}:
-        parts.append(_text(across(math.log10(loss)), 16, f"{loss:.1g}", "middle"))
+        parts.append(text(across(math.log10(loss)), 16, f"{loss:.1g}", "middle"))
     for row, (unit, each) in enumerate(losses.items()):
         y = _TOP + _ROW * row
-        parts += [_text(_LEFT - 12, y + 4, _short(unit), "end"), _line(_LEFT, y, _WIDTH - _RIGHT, y)]
+        parts += [text(_LEFT - 12, y + 4, short(unit), "end"), line(_LEFT, y, _WIDTH - _RIGHT, y)]
         for level, loss in each.items():
             if _positive(loss):
                 title = f"{unit} at {level} alone loses {loss:.3g}"
-                parts.append(_dot(across(math.log10(loss)), y, 4.5, levels.get(unit) == level, title))
-    return _svg(_WIDTH, _TOP + _ROW * len(losses), parts, "Loss of each unit at each level")
+                parts.append(dot(across(math.log10(loss)), y, 4.5, levels.get(unit) == level, title))
+    return svg(_WIDTH, _TOP + _ROW * len(losses), parts, "Loss of each unit at each level")
 
 
 def bits_of_units(bits: Mapping[str, float]) -> Markup:
     """Return a bar for each unit, as long as the bits that a weight of it has."""
     most = max(*bits.values(), 1.0)
-    across = _scale([0.0, min(most, _ASSUMED_BITS)], _LEFT, _WIDTH - _RIGHT)
+    across = scale([0.0, min(most, _ASSUMED_BITS)], _LEFT, _WIDTH - _RIGHT)
     parts = []
     for row, (unit, value) in enumerate(bits.items()):
         y = _TOP + _ROW * row
         end = across(min(value, _ASSUMED_BITS))
         parts += [
-            _text(_LEFT - 12, y + 4, _short(unit), "end"),
-            Markup('<rect x="{}" y="{}" width="{:.1f}" height="10" class="mark"/>').format(_LEFT, y - 5, end - _LEFT),
-            _text(end + 6, y + 4, f"{value:.2f}"),
+            text(_LEFT - 12, y + 4, short(unit), "end"),
+            bar(_LEFT, y - 5, end - _LEFT, 10),
+            text(end + 6, y + 4, f"{value:.2f}"),
         ]
-    return _svg(_WIDTH, _TOP + _ROW * len(bits), parts, "Bits of each unit")
-
-
-def alone(picture: Markup) -> str:
-    """Return a picture as a file of its own, with the colours that a page would give it."""
-    style = Markup(
-        "<style>text{{font:12px system-ui,sans-serif;fill:#1f2328}}line{{stroke:#d1d9e0}}"
-        ".mark{{fill:#0969da}}.open{{fill:#fff;stroke:#59636e}}.ground{{fill:#fff}}</style>"
-        '<rect width="100%" height="100%" class="ground"/>'
-    ).format()
-    return str(picture.replace(Markup("</title>"), Markup("</title>") + style, 1)) + "\n"
-
-
-def _svg(width: int, height: int, parts: Iterable[Markup], title: str) -> Markup:
-    start = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img">')
-    named = start.format(width, height) + Markup("<title>{}</title>").format(title)
-    return named + Markup("").join(parts) + Markup("</svg>")
-
-
-def _scale(values: Sequence[float], start: float, end: float) -> Any:
-    """Return the map from values to places between start and end."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
-
-
-def _text(x: float, y: float, words: str, anchor: str = "start") -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, words)
-
-
-def _line(x: float, y: float, to_x: float, to_y: float) -> Markup:
-    return Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(x, y, to_x, to_y)
-
-
-def _dot(x: float, y: float, radius: float, filled: bool, title: str) -> Markup:
-    kind = "mark" if filled else "open"
-    dot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{}"><title>{}</title></circle>')
-    return dot.format(x, y, radius, kind, title)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 38 else "…" + name[-37:]
+    return svg(_WIDTH, _TOP + _ROW * len(bits), parts, "Bits of each unit")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -6,12 +6,14 @@ none. What a page cannot hold stays in the trace; the page says where.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
+from graphopt.causes import Causes
 from graphopt.pipeline import PassRecord
 from graphopt.report.report import PassRow, Report
 from graphopt.report.story import figure_text
@@ -39,7 +41,19 @@ def payload(report: Report) -> dict[str, Any]:
             else:
                 text = None
         passes.append(_pass(record, rows[record.index], text))
-    return {"lines": [visible(line) for line in numbers], "passes": passes}
+    return {"lines": [visible(line) for line in numbers], "passes": passes, "sites": _sites(report.causes)}
+
+
+def _sites(causes: Causes | None) -> dict[str, Any]:
+    """Return what is known of each place, by its name."""
+    sites = causes.sites[:_MOST_PLACES] if causes is not None else []
+    return {
+        visible(each.node): {
+            "told": visible(str(each)),
+            "spreads": {visible(name): list(dataclasses.astuple(one)) for name, one in each.spreads.items()},
+        }
+        for each in sites
+    }
 
 
 def _pass(record: PassRecord, row: PassRow, text: list[int] | None) -> dict[str, Any]:

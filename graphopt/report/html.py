@@ -15,8 +15,9 @@ from markupsafe import Markup
 
 from graphopt.report.allocation import pictures
 from graphopt.report.explorer import as_script, payload
+from graphopt.report.layers import MOST_ROWS, layers, worst
 from graphopt.report.report import Report
-from graphopt.report.text import error_text, figure_rows, pass_cells, size_text
+from graphopt.report.text import db_text, error_text, figure_rows, pass_cells, size_text
 
 
 def html(report: Report) -> str:
@@ -27,12 +28,16 @@ def html(report: Report) -> str:
     environment.filters["size"] = size_text
     environment.filters["error"] = error_text
     environment.filters["cells"] = pass_cells
+    environment.filters["db"] = db_text
     template = environment.from_string((folder / "report.html.j2").read_text(encoding="utf-8"))
     return template.render(
         report=report,
         figures=list(figure_rows(report)),
+        layers=layers(report.causes, report.exported) if report.causes else None,
+        worst=worst(report.causes) if report.causes else [],
         searches=[found for record in report.trace if (found := pictures(record)) is not None],
         explorer=as_script(payload(report)) if len(report.trace) else "",
+        most_rows=MOST_ROWS,
         style=Markup(style),  # ours, and without `<`; the script without `</`: `test_html` checks
         script=Markup(script),
         style_hash=_digest(style),

@@ -21,6 +21,7 @@ from rich.console import RenderableType
 
 from graphopt.backend import ExportReport
 from graphopt.budget import Budget
+from graphopt.causes import Causes
 from graphopt.errors import GraphoptError, first_line
 from graphopt.ir.rewriter import Site
 from graphopt.pipeline import PassRecord, Trace
@@ -139,6 +140,7 @@ class Report:
         average_bits: bits of all weights, scales included, per weight element of the captured model.
         exported: what the export found, None before the first. passes: in order; the first is the capture.
         budget: bounds that were given. exceeded: a sentence for every bound that does not hold.
+        causes: where the result loses what it loses, None where nobody looked.
         trace: the programs between the passes, for diffs; not part of the JSON.
     """
 
@@ -155,6 +157,7 @@ class Report:
     passes: list[PassRow] = field(default_factory=list)
     budget: dict[str, float] = field(default_factory=dict)
     exceeded: list[str] = field(default_factory=list)
+    causes: Causes | None = None
     trace: Trace = field(default_factory=Trace, repr=False, compare=False)
 
     @staticmethod
@@ -171,6 +174,7 @@ class Report:
             exported=result.exported,
             passes=[PassRow.of(each, records[i - 1] if i else None) for i, each in enumerate(records)],
             budget=result.budget.bounds(),
+            causes=result.causes,
             trace=result.trace,
         )
         if before is not None and after is not None:
@@ -212,7 +216,7 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON; infinities are written as text, since JSON has none."""
         data = {
-            each.name: _plain(getattr(self, each.name)) for each in dataclasses.fields(self) if each.name != "trace"
+            each.name: plain_data(getattr(self, each.name)) for each in dataclasses.fields(self) if each.name != "trace"
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
@@ -253,7 +257,7 @@ class Report:
         """Fill in what a saved report knows and the other files of a run directory do not."""
         result.notes = list(self.notes)
         result.original_metric, result.metric = self.metric.before, self.metric.after
-        result.exported = self.exported
+        result.exported, result.causes = self.exported, self.causes
         budget = Budget()
         for name, bound in self.budget.items():
             budget = budget.with_bound(name, bound)
@@ -304,12 +308,12 @@ def _adapters() -> dict[str, TypeAdapter[Any]]:
     return {each.name: TypeAdapter(hints[each.name]) for each in dataclasses.fields(Report) if each.name != "trace"}
 
 
-def _plain(value: Any) -> Any:
-    """Return plain data for JSON."""
+def plain_data(value: Any) -> Any:
+    """Return a dataclass, or what holds some, as plain data that JSON can write."""
     if dataclasses.is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        return {each.name: plain_data(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain_data(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain_data(each) for each in value]
     return finite(value)

@@ -14,9 +14,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.causes import Causes
 from graphopt.report.report import Change, PassRow, Places, Report
 
 _MANY = 8  # entries of one list shown in a summary; the report and the trace hold all
+_WORST = 3  # places that cost most, in a summary
 _LONG = 60  # characters of what a pass did that are spelled out on its own line
 _NUMBER = re.compile(r"\b([A-Za-z]\w*?)_\d+\b")  # names as fx numbers them
 
@@ -61,6 +63,8 @@ def summary(report: Report, table: RenderableType | None = None) -> Group:
     )
     parts: list[RenderableType] = [head, figures(report), section("passes"), table or passes(report.passes)]
     parts += export_parts(report)
+    if report.causes is not None:
+        parts += cause_parts(report.causes)
     skipped = list(skipped_lines(report.passes))
     if skipped:
         parts += [section("skipped"), *skipped]
@@ -246,6 +250,25 @@ def listed(names: list[str], most: int = _MANY) -> str:
     """Return the names, or the first of them and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def cause_parts(causes: Causes, most: int = _WORST) -> list[RenderableType]:
+    """Return where the error comes from and what helps; empty where nothing is quantized."""
+    if not causes.sites:
+        return []
+    parts: list[RenderableType] = [section("where the error comes from")]
+    parts += [bullet(str(each), "yellow" if each.defects else "") for each in causes.sites[:most]]
+    if (more := len(causes.sites) - most) > 0:
+        parts.append(bullet(f"and {more} places that cost less", "dim"))
+    if causes.remedies:
+        parts.append(section("what helps (tried)"))
+        parts += [bullet(str(each)) for each in causes.remedies]
+    return parts
+
+
+def db_text(value: float | None) -> str:
+    """Return `31.4 dB`, or nothing where it is not known."""
+    return "" if value is None else f"{value:.1f} dB"
 
 
 def export_parts(report: Report) -> list[RenderableType]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from graphopt.pipeline import PassRecord
-from graphopt.report.allocation import Pictures, alone, pictures
+from graphopt.report.allocation import Pictures, pictures
+from graphopt.report.svg import alone
 
 FACTS: dict[str, Any] = {
     "levels": {"a.weight": "int4", "b<script>.weight": "float"},

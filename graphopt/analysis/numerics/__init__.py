@@ -1,6 +1,6 @@
 """Numerics: how hard values are to quantize, and where the error of a quantized program comes from."""
 
-from graphopt.analysis.numerics.sites import Noise, SiteError, explain_sites, site_errors
+from graphopt.analysis.numerics.sites import Noise, SiteError, Spread, explain_sites, site_errors, site_spreads
 from graphopt.analysis.numerics.vectors import (
     Summary,
     kurtosis,
@@ -11,6 +11,6 @@ from graphopt.analysis.numerics.vectors import (
 )
 
 __all__ = [
-    "Noise", "SiteError", "Summary", "explain_sites", "kurtosis", "max_to_median", "qsur", "quantization_sqnr_db",
-    "quantized_rows", "site_errors",
+    "Noise", "SiteError", "Spread", "Summary", "explain_sites", "kurtosis", "max_to_median", "qsur",
+    "quantization_sqnr_db", "quantized_rows", "site_errors", "site_spreads",
 ]  # fmt: skip

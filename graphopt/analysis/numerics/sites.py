@@ -1,34 +1,50 @@
 """Where the error of a quantized program comes from.
 
-A site is an operator that both programs have and that reads quantized values in one of them. For each:
+A site is an operator that both programs have and that reads other values in one of them: quantized ones, or weights
+that are no longer the same. For each:
 
     local        its output where only itself is quantized: inputs as in the reference, then rounded, weights rounded
+    weights      the local error with the weights of the quantized program, but inputs as in the reference
+    inputs       the local error with rounded inputs, but weights as in the reference
     propagated   its output in the quantized program, behind everything that went wrong before it
     effect       the model's outputs where this site alone is quantized
+    runtime      the local error elsewhere than in torch, and what is expected of it, were it computed in torch
+    apart        its local output elsewhere, beside the one in torch
 
 Each is a noise-to-signal ratio Σ (y' - y)² / Σ y² over everything seen, of the outputs the sum of theirs. The local
 error finds what is badly quantized, the propagated one where errors grow, the effect what the user should care about.
 Effects of different sites add up as long as they are small.
 
 Both programs run side by side, node by node. An effect is measured, not estimated: what lies behind the site runs
-again, which costs half a run of the model for each site on average.
+again, which costs half a run of the model for each site on average. What became of the quantized program elsewhere, a
+file in its runtime, is looked at in the same way, through an Observer (`graphopt.backend`).
+
+Most sites lose what their format must lose. Where one loses far more, something is wrong, and it comes first: a scale
+does not fit (`coarseness`), or the runtime computes something else than the program says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.numerics.fit import coarseness
+from graphopt.backend import Observer, Rounds
 from graphopt.ir.arguments import operator
 from graphopt.ir.program import Program
 from graphopt.progress import Progress, Silent
 
 Values = dict[str, Any]
+Visit = Callable[[fx.Node, Any, Mapping[str, Any]], Any]  # a node, its value, those it may read -> what others read
+MISFIT = 4.0  # times the noise, as an amplitude, that a format must leave: not a matter of clipping or of other data
+_BINS = 32
+_SAME = 1e-6  # float kernels differ by less
+_SAMPLED = 1 << 16  # values that a histogram looks at
 
 
 @dataclass
@@ -62,15 +78,75 @@ class Noise:
         return -10 * math.log10(ratio) if 0 < ratio < math.inf else None
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How many of some values lie where between `low` and `high`, in bins of equal width, before and after."""
+
+    low: float
+    high: float
+    before: list[int]
+    after: list[int]
+
+    @staticmethod
+    def of(before: Tensor, after: Tensor) -> Spread | None:
+        """Count two tensors in the same bins, large ones by a sample; None where there is nothing to count."""
+        both = [_sample(each) for each in (before, after)]
+        if not all(each.numel() for each in both):
+            return None
+        low, high = float(min(each.min() for each in both)), float(max(each.max() for each in both))
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        old, new = (torch.histc(each, _BINS, low, high).int().tolist() for each in both)
+        return Spread(low, high, old, new)
+
+
+def _sample(values: Tensor) -> Tensor:
+    flat = values.detach().flatten()
+    flat = flat[:: max(flat.numel() // _SAMPLED, 1)].float()
+    return flat[flat.isfinite()]
+
+
 @dataclass
 class SiteError:
-    """The error of one site. `effect` stays empty where it was not asked for."""
+    """The error of one site.
+
+    Attributes:
+        node, kind: its name and its operator.
+        local, weights, inputs, propagated, effect, runtime, expected, apart: see above; empty where not asked for.
+        coarse: by the reference's name of each rounded value how coarse its rounding is.
+    """
 
     node: str
     kind: str
     local: Noise = field(default_factory=Noise)
+    weights: Noise = field(default_factory=Noise)
+    inputs: Noise = field(default_factory=Noise)
     propagated: Noise = field(default_factory=Noise)
     effect: Noise = field(default_factory=Noise)
+    runtime: Noise = field(default_factory=Noise)
+    expected: Noise = field(default_factory=Noise)
+    apart: Noise = field(default_factory=Noise)
+    coarse: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def own(self) -> Noise:
+        """The local error where it was looked at last."""
+        return self.runtime if self.runtime.signal else self.local
+
+    @property
+    def misfits(self) -> dict[str, float]:
+        """Coarseness of the roundings that do not fit what they round, by the reference's name of the value."""
+        return {name: found for name, found in self.coarse.items() if found >= MISFIT}
+
+    @property
+    def differs(self) -> bool:
+        """Whether elsewhere it is much farther from the one in torch than that is from the exact one."""
+        return self.apart.ratio > MISFIT * max(self.expected.ratio, _SAME)
+
+    @property
+    def defective(self) -> bool:
+        """Whether more is lost here than the format must lose."""
+        return bool(self.misfits) or self.differs
 
     @property
     def plain(self) -> dict[str, float | str | None]:
@@ -84,28 +160,106 @@ def site_errors(
     reference: Program,
     quantized: Program,
     batches: Iterable[list[Any]],
-    effects: bool = True,
+    effects: bool | int = True,
     only: Collection[str] | None = None,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> list[SiteError]:
-    """Return the error of every site over flat input batches, the largest effect (else local error) first.
+    """Return the error of every site over flat input batches.
 
-    `only`: names of sites to look at. Memory: the activations of one batch, once.
+    First those that lose more than they must; among these, and among the others, the largest effect (else local error).
+
+    Args:
+        effects: whether to measure effects; a number: only those of so many sites, of the largest local errors.
+        only: names of sites to look at.
+        observer: shows what sites give elsewhere than in torch; those that it does not know are left out.
+
+    Memory: the activations of one batch, twice.
     """
     lockstep = _Lockstep(reference, quantized)
     sites = [name for name in lockstep.sites if only is None or name in only]
-    found = {name: SiteError(name, operator(lockstep.nodes[name])) for name in sites}
+    work = _Work(lockstep, {name: SiteError(name, operator(lockstep.nodes[name])) for name in sites})
+    measured: list[str] | None = None
     with torch.no_grad(), (progress or Silent()).stage("error analysis") as stage:
         for flat in batches:
-            exact = lockstep.exact(flat)
-            local = lockstep.local(flat, exact, found)
-            for name, made in local.items():
-                if effects:
-                    found[name].effect = _more(found[name].effect, *lockstep.effect(name, made, exact))
+            work.exact, work.made, work.shown = lockstep.exact(flat), {}, {}
+            lockstep.local(flat, work.exact, work.found, work.locally)
+            if observer is not None:
+                observer.local(flat, work.exact, sites, work.elsewhere)
+            where = work.shown if observer is not None else work.made
+            if measured is None:
+                likely = sorted(work.found.values(), key=lambda site: (not site.defective, -site.own.ratio))
+                measured = [site.node for site in likely if site.node in where]
+                measured = measured if effects is True else measured[: int(effects)]
+            for name in measured:
+                if name in where:
+                    site = work.found[name]
+                    site.effect = _more(site.effect, *lockstep.effect(*where[name], work.exact))
                     stage.advance()
-            del local
-            lockstep.propagated(flat, exact, found)
-    return sorted(found.values(), key=lambda site: -(site.effect.ratio if effects else site.local.ratio))
+            work.made = {}
+            if observer is None:
+                lockstep.propagated(flat, work.found, work.behind)
+            else:
+                observer.propagated(flat, work.exact, sites, work.behind)
+    first = set(measured or ())
+    return sorted(
+        (site for site in work.found.values() if observer is None or site.node in work.shown),
+        key=lambda site: (
+            not site.defective, site.node not in first, -(site.effect if site.node in first else site.own).ratio,
+        ),
+    )  # fmt: skip
+
+
+@dataclass
+class _Work:
+    """What is seen of the sites on one batch, and what it comes to."""
+
+    lockstep: _Lockstep
+    found: dict[str, SiteError]
+    exact: Values = field(default_factory=dict)
+    made: dict[str, tuple[str, Any]] = field(default_factory=dict)  # in torch: where, and the value there
+    shown: dict[str, tuple[str, Any]] = field(default_factory=dict)  # elsewhere
+
+    def locally(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
+        self.found[site].local.add(value, self.exact[where])
+        self.made[site] = where, value
+
+    def elsewhere(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
+        error, exact = self.found[site], self.exact[where]
+        here = self.lockstep.follow(*self.made[site], where, self.exact)
+        wanted, alike = (rounds(each) for each in (exact, here)) if rounds else (exact, here)
+        error.runtime.add(value, wanted)
+        error.expected.add(alike, wanted)
+        error.apart.add(value, alike)
+        self.shown[site] = where, (exact + (value - wanted)).to(exact.dtype)
+
+    def behind(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
+        exact = self.exact[where]
+        self.found[site].propagated.add(value, rounds(exact) if rounds else exact)
+
+
+def site_spreads(reference: Program, quantized: Program, flat: list[Any], sites: Collection[str]) -> dict[str, Any]:
+    """Return for each site `{"weights": Spread, "output": Spread}`, where it has them, on one flat input batch."""
+    lockstep = _Lockstep(reference, quantized)
+    found: dict[str, dict[str, Spread]] = {name: {} for name in lockstep.sites if name in sites}
+
+    def compare(node: fx.Node, value: Any, values: Mapping[str, Any]) -> Any:
+        if node.name in found:
+            pairs = {"output": (exact[node.name], value)}
+            for old, new in lockstep.arguments(node):
+                if lockstep.constant(new) and isinstance(exact[old.name], Tensor) and exact[old.name].dim() > 1:
+                    pairs["weights"] = exact[old.name], values[new.name]
+            for what, (before, after) in pairs.items():
+                if all(isinstance(each, Tensor) and each.is_floating_point() for each in (before, after)):
+                    spread = Spread.of(before, after)
+                    if spread is not None:
+                        found[node.name][what] = spread
+        return value
+
+    with torch.no_grad():
+        exact = lockstep.exact(flat)
+        _run(quantized, flat, compare)
+    return found
 
 
 def _more(noise: Noise, made: list[Any], exact: list[Any]) -> Noise:
@@ -115,7 +269,7 @@ def _more(noise: Noise, made: list[Any], exact: list[Any]) -> Noise:
 
 
 class _Lockstep:
-    """Two programs, run node by node; nodes of the same name and operator are the same place."""
+    """Two programs, run node by node; nodes of the same name, operator and shape are the same place."""
 
     def __init__(self, reference: Program, quantized: Program) -> None:
         self.reference, self.quantized = reference, quantized
@@ -123,73 +277,152 @@ class _Lockstep:
         self.shared = {
             node.name
             for node in quantized.graph.nodes
-            if node.op == "call_function" and node.name in self.nodes and node.target == self.nodes[node.name].target
+            if node.op == "call_function" and node.name in self.nodes and _same_place(node, self.nodes[node.name])
         }
-        rounded: set[fx.Node] = set()
+        self._constant: set[fx.Node] = set()
+        changed: set[fx.Node] = set()
         self.sites: list[str] = []
+        known = {str(node.target): node for node in reference.graph.nodes if node.op == "get_attr"}
         for node in quantized.graph.nodes:
-            if node.name in self.shared:
-                if any(source in rounded for source in node.all_input_nodes):
+            sources = node.all_input_nodes
+            if node.op == "get_attr" or (node.op == "call_function" and all(s in self._constant for s in sources)):
+                self._constant.add(node)
+            if node.op == "get_attr":
+                if str(node.target) in known and not _same_weight(self.reference, self.quantized, str(node.target)):
+                    changed.add(node)
+            elif node.name in self.shared:
+                if any(source in changed for source in sources):
                     self.sites.append(node.name)
-            elif operator(node).startswith("graphopt.") or any(source in rounded for source in node.all_input_nodes):
-                rounded.add(node)
+            elif operator(node).startswith("graphopt.") or any(source in changed for source in sources):
+                changed.add(node)
         self._order = {node: index for index, node in enumerate(reference.graph.nodes)}
+
+    def constant(self, node: fx.Node) -> bool:
+        """Return whether a node of the quantized program follows from weights alone."""
+        return node in self._constant
+
+    def arguments(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Return what a site reads in the reference, and in its place in the quantized program; empty if unlike."""
+        old, new = (_sources(each) for each in (self.nodes[node.name], node))
+        return list(zip(old, new, strict=True)) if len(old) == len(new) else []
 
     def exact(self, flat: list[Any]) -> Values:
         """Run the reference and return the value of every node."""
-        return _run(self.reference, flat, {})
+        values: Values = {}
 
-    def local(self, flat: list[Any], exact: Values, found: dict[str, SiteError]) -> Values:
-        """Run the quantized program with every shared node reset to its exact value; return what the sites made."""
-        made: Values = {}
-
-        def reset(node: fx.Node, value: Any) -> Any:
-            if node.name not in self.shared:
-                return value
-            if node.name in found:
-                found[node.name].local.add(value, exact[node.name])
-                made[node.name] = value
-            return exact[node.name]
-
-        _run(self.quantized, flat, {}, reset)
-        return made
-
-    def propagated(self, flat: list[Any], exact: Values, found: dict[str, SiteError]) -> None:
-        def compare(node: fx.Node, value: Any) -> Any:
-            if node.name in found:
-                found[node.name].propagated.add(value, exact[node.name])
+        def keep(node: fx.Node, value: Any, _: Mapping[str, Any]) -> Any:
+            values[node.name] = value
             return value
 
-        _run(self.quantized, flat, {}, compare)
+        _run(self.reference, flat, keep)
+        return values
 
-    def effect(self, name: str, made: Any, exact: Values) -> tuple[list[Any], list[Any]]:
+    def local(self, flat: list[Any], exact: Values, found: Mapping[str, SiteError], see: Any) -> None:
+        """Run the quantized program with every shared node reset to its exact value, and show what the sites made."""
+
+        def reset(node: fx.Node, value: Any, values: Mapping[str, Any]) -> Any:
+            if node.op == "placeholder" or node.name not in self.shared:
+                return value
+            if node.name in found:
+                see(node.name, node.name, value, None)
+                self._parts(found[node.name], node, exact, values)
+            return exact[node.name]
+
+        _run(self.quantized, flat, reset)
+
+    def _parts(self, site: SiteError, node: fx.Node, exact: Values, values: Mapping[str, Any]) -> None:
+        """Measure what the weights alone, and the inputs alone, do to a site."""
+        pairs = self.arguments(node)
+        for old, new in pairs:
+            before, after = exact[old.name], values[new.name]
+            if new.name not in self.shared and isinstance(before, Tensor) and isinstance(after, Tensor):
+                found = coarseness(new, before, after)
+                if found is not None:
+                    site.coarse[old.name] = max(found, site.coarse.get(old.name, 0.0))
+        for noise, weights in ((site.weights, True), (site.inputs, False)):
+            taken = [
+                values[new.name] if self.constant(new) is weights else exact[old.name] for old, new in pairs
+            ]
+            if pairs and all(_fits(each, exact[old.name]) for each, (old, _) in zip(taken, pairs, strict=True)):
+                given = iter(taken)
+                noise.add(_call(self.nodes[node.name], lambda _, given=given: next(given)), exact[node.name])
+
+    def propagated(self, flat: list[Any], found: Mapping[str, SiteError], see: Any) -> None:
+        """Run the quantized program as it is and show what the sites made."""
+
+        def compare(node: fx.Node, value: Any, _: Mapping[str, Any]) -> Any:
+            if node.name in found:
+                see(node.name, node.name, value, None)
+            return value
+
+        _run(self.quantized, flat, compare)
+
+    def effect(self, where: str, made: Any, exact: Values) -> tuple[list[Any], list[Any]]:
         """Return the outputs with one value replaced, and the exact ones; only what lies behind runs again."""
-        changed: Values = {name: made}
-        for node in list(self.reference.graph.nodes)[self._order[self.nodes[name]] + 1 :]:
-            if node.op == "call_function" and any(source.name in changed for source in node.all_input_nodes):
-                changed[node.name] = _call(node, lambda each: changed.get(each.name, exact[each.name]))
+        changed = self._behind(where, made, exact)
         outputs = self.reference.outputs
         read = [value for value in outputs if isinstance(value, fx.Node)]
         return [changed.get(value.name, exact[value.name]) for value in read], [exact[value.name] for value in read]
 
+    def follow(self, where: str, made: Any, until: str, exact: Values) -> Any:
+        """Return what a replaced value becomes at a node behind it."""
+        return made if where == until else self._behind(where, made, exact, until)[until]
 
-def _run(program: Program, flat: list[Any], values: Values, after: Any = None) -> Values:
-    """Run a program node by node, with `after(node, value)` in place of each value; without it keep all values."""
+    def _behind(self, where: str, made: Any, exact: Values, until: str = "") -> Values:
+        changed: Values = {where: made}
+        for node in list(self.reference.graph.nodes)[self._order[self.nodes[where]] + 1 :]:
+            if node.op == "call_function" and any(source.name in changed for source in node.all_input_nodes):
+                changed[node.name] = _call(node, lambda each: changed.get(each.name, exact[each.name]))
+            if node.name == until:
+                break
+        return changed
+
+
+def _same_place(node: fx.Node, other: fx.Node) -> bool:
+    return node.target == other.target and _shape(node) == _shape(other)
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return str(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _same_weight(reference: Program, quantized: Program, name: str) -> bool:
+    old, new = reference.weight(name), quantized.weight(name)
+    return old is new or (old.dtype == new.dtype and torch.equal(old, new))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes that a call reads, in order, one as often as it is read."""
+    found: list[fx.Node] = []
+
+    def note(each: fx.Node) -> fx.Node:
+        found.append(each)
+        return each
+
+    fx.node.map_arg((node.args, node.kwargs), note)
+    return found
+
+
+def _fits(value: Any, like: Any) -> bool:
+    return not isinstance(like, Tensor) or (isinstance(value, Tensor) and value.shape == like.shape)
+
+
+def _run(program: Program, flat: list[Any], visit: Visit) -> None:
+    """Run a program node by node; `visit` sees each value and returns the one that others are to read."""
     inputs = iter(flat)
-    last = {source: node for node in program.graph.nodes for source in node.all_input_nodes} if after else {}
+    values: Values = {}
+    last = {source: node for node in program.graph.nodes for source in node.all_input_nodes}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            values[node.name] = next(inputs)
+            values[node.name] = visit(node, next(inputs), values)
         elif node.op == "get_attr":
-            values[node.name] = program.weight(node)
+            values[node.name] = visit(node, program.weight(node), values)
         elif node.op == "call_function":
-            value = _call(node, lambda each: values[each.name])
-            values[node.name] = after(node, value) if after else value
-            if after:
-                for source in node.all_input_nodes:
-                    if last[source] is node:
-                        del values[source.name]
-    return values
+            values[node.name] = visit(node, _call(node, lambda each: values[each.name]), values)
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    del values[source.name]
 
 
 def _call(node: fx.Node, value: Any) -> Any:

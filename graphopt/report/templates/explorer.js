@@ -332,6 +332,9 @@
       }
       story.append(item);
     });
+    const site = Object.hasOwn(data.sites, state.node) ? data.sites[state.node] : null;
+    if (site) story.append(make("li", site.told));
+    byId("spreads").replaceChildren(...(site ? Object.entries(site.spreads).map(spreadOf) : []));
     if (!story.children.length) story.append(make("li", "No program that is kept here has it."));
     showGraphs();
   };
@@ -427,6 +430,21 @@
     byId("graphs").replaceChildren(...(at ? [draw(at - 1, `Before ${key}`)] : []), draw(at, at ? `After ${key}` : "As captured"));
   };
   byId("steps").addEventListener("change", showGraphs);
+
+  // How many values lie where, before (outlined) and after (filled), on a logarithmic axis.
+  const spreadOf = ([what, [low, high, before, after]]) => {
+    const wide = 320, tall = 96, floor = tall - 20, each = wide / before.length, title = `${what} of ${state.node}`;
+    const most = Math.log1p(Math.max(1, ...before, ...after));
+    const picture = svg("svg", { viewBox: `0 0 ${wide} ${tall}`, width: wide, height: tall, role: "img", "aria-label": title });
+    for (const [counts, part, kind] of [[after, 0.5, "mark"], [before, 1, "outline"]]) counts.forEach((count, k) => {
+      const height = (Math.log1p(count) / most) * floor;
+      if (count > 0) picture.append(svg("rect", { x: each * (k + (1 - part) / 2), y: floor - height, width: each * part, height, class: kind }));
+    });
+    picture.append(svg("text", { x: 0, y: tall - 4 }, low.toPrecision(3)), svg("text", { x: wide, y: tall - 4, "text-anchor": "end" }, high.toPrecision(3)));
+    const figure = make("figure");
+    figure.append(make("figcaption", `${what}, before (outlined) and after (filled)`), picture);
+    return figure;
+  };
 
   // Links ----------------------------------------------------------------------------------------------------------
 

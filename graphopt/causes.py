@@ -1,0 +1,355 @@
+"""Root causes: where a result loses what it loses, in torch and in its runtime, and what would help, tried out.
+
+    reference   the program that the first quantizing pass was given: everything exact is in it, and has its names
+    sites       `graphopt.analysis.numerics.site_errors`, of the program and of the file in its runtime
+    remedies    of the worst sites, each run before it is told: the error at the outputs and the size, after over before
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.cost import file_bytes
+from graphopt.analysis.numerics import SiteError, Spread, site_errors, site_spreads
+from graphopt.analysis.numerics.remedies import dequantize_of, output_noise, with_float, with_wider_weights
+from graphopt.calibration import Batches
+from graphopt.errors import GraphoptError
+from graphopt.ir.arguments import arguments, operator
+from graphopt.ir.program import Program
+from graphopt.ir.rewriter import module_path, provenance
+from graphopt.pipeline import Composite, Context, backend, make_pass, pass_class, run_passes
+from graphopt.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from graphopt.result import Result
+
+_ROWS = 8  # of a batch whose size is open
+_EFFECTS = 64  # sites whose effect is measured
+_TRIED = 3  # sites for which remedies are tried
+_SPREADS = 64  # sites with histograms
+_SMOOTH = "smooth"
+_AFFORDED_SECONDS = 20.0  # for quantizing again
+_SAME_DB = 60.0  # the last bits of floats
+_HELPS = 0.98  # a remedy that leaves more of the error is not worth a sentence
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that was tried, on the batches on which the errors were measured.
+
+    Attributes:
+        site, change: where, and what. how: how to ask for it.
+        error_ratio: noise at the outputs, after over before. size_ratio: of the weights' bytes in the file.
+    """
+
+    site: str
+    change: str
+    how: str
+    error_ratio: float
+    size_ratio: float
+
+    def __str__(self) -> str:
+        error, size = (f"{100 * (each - 1):+.3g} %" for each in (self.error_ratio, self.size_ratio))
+        return f"{self.site}: {self.change}: error {error}, size {size} ({self.how})"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A site and what is lost there; signal over noise in dB, None where there is no noise or nobody looked.
+
+    Attributes:
+        node, kind, module: of the operator. position: its place in the program. by: the pass that quantized it.
+        weights, inputs: formats that it reads, empty for floats.
+        local_db: its own error. weights_db, inputs_db: of that, what weights alone and inputs alone cause.
+        propagated_db: its error with what came before. effect_db: at the model's outputs, were it alone quantized.
+        share: of the sum of all effects.
+        runtime_db, runtime_propagated_db: own error, and with what came before, in the runtime; where it shows rounded,
+            the rounding makes them larger than in torch.
+        apart_db: its value in the runtime beside the one in torch, and whether the two `differ` by more than roundings.
+        misfits: values whose rounding does not fit them, and how many times too coarse it is.
+        spreads: histograms of `weights` and `output`, before and after.
+    """
+
+    node: str
+    kind: str
+    position: int = 0
+    module: str = ""
+    by: str = ""
+    weights: str = ""
+    inputs: str = ""
+    local_db: float | None = None
+    weights_db: float | None = None
+    inputs_db: float | None = None
+    propagated_db: float | None = None
+    effect_db: float | None = None
+    share: float | None = None
+    runtime_db: float | None = None
+    runtime_propagated_db: float | None = None
+    apart_db: float | None = None
+    differ: bool = False
+    misfits: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+
+    @property
+    def defects(self) -> list[str]:
+        """Sentences about what is wrong here, beyond what the format must lose."""
+        found = [
+            f"the rounding of {name} is {each:.3g} times as coarse as it need be" for name, each in self.misfits.items()
+        ]
+        if self.differ:
+            found.append(f"the runtime gives something else than torch does here ({self.runtime})")
+        return found
+
+    @property
+    def runtime(self) -> str:
+        """How far the value in the runtime is from the one in torch; empty where it is not seen there."""
+        if self.runtime_db is None:
+            return ""
+        return "as in torch" if self.apart_db is None or self.apart_db > _SAME_DB else f"{self.apart_db:.1f} dB apart"
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f" ({100 * self.share:.3g} % of all)"
+        alone = "" if self.effect_db is None else f": alone it leaves {self.effect_db:.1f} dB at the outputs{share}"
+        own = "none" if self.local_db is None else f"{self.local_db:.1f} dB"
+        pairs = (("weights", self.weights_db), ("inputs", self.inputs_db))
+        parts = [f"{what} {each:.1f} dB" for what, each in pairs if each is not None]
+        of = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+        by = f", {self.by}" if self.by else ""
+        return "; ".join([f"{self.node} ({self.kind}{by}){alone}", f"own error {own}{of}", *self.defects])
+
+
+@dataclass(frozen=True)
+class Causes:
+    """Where a result loses what it loses.
+
+    Attributes:
+        sites: the worst first: what is wrong before what merely costs, then by effect.
+        in_runtime: names of sites, by what the file loses in its runtime; empty where it was not looked at.
+        unseen: sites that the runtime's graph does not show.
+        remedies: changes that were tried and help, the best first.
+        sqnr_db: of the outputs on the batches that were looked at. samples: rows of these.
+    """
+
+    sites: list[Cause] = field(default_factory=list)
+    in_runtime: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    remedies: list[Remedy] = field(default_factory=list)
+    sqnr_db: float | None = None
+    samples: int = 0
+
+    @property
+    def defective(self) -> list[Cause]:
+        """Sites where something is wrong."""
+        return [each for each in self.sites if each.defects]
+
+
+def find_causes(
+    result: Result, batches: Batches | None, file: Path | None = None, progress: Progress | None = None
+) -> Causes | None:
+    """Return where a result loses what it loses; None where nothing is quantized.
+
+    Args:
+        batches: calibration data, of which the first few rows are looked at; None takes the example inputs.
+        file: what the program was exported to, to look at it in its runtime.
+
+    Raises GraphoptError where the captured program is not at hand.
+    """
+    shown = progress or Silent()
+    with shown.stage("root causes"):
+        reference = _reference(result, batches, shown)
+        if reference is None:
+            return None
+        looked_at = [_first_rows(result.program, result.program.flat_example)]
+        if batches is not None:
+            looked_at = [_first_rows(result.program, batches.first(1)[0])]
+            if (rows := _rows(looked_at)) < _ROWS:
+                looked_at += [_first_rows(result.program, each) for each in batches.first(math.ceil(_ROWS / rows))[1:]]
+        return causes_of(reference, result, looked_at, file, batches, shown)
+
+
+def causes_of(
+    reference: Program,
+    result: Result,
+    batches: list[list[Any]],
+    file: Path | None = None,
+    calibration: Batches | None = None,
+    progress: Progress | None = None,
+) -> Causes:
+    """Return the causes, against a program that is the result before anything was quantized, on flat batches.
+
+    `calibration` is for remedies that need data of their own.
+    """
+    program = result.program
+    found = site_errors(reference, program, batches, _EFFECTS, progress=progress)
+    names = [site.node for site in found]
+    in_runtime: dict[str, SiteError] = {}
+    if file is not None and result.target.backend:
+        observer = backend(result.target.backend).observer(file, program)
+        seen = site_errors(reference, program, batches, _EFFECTS, progress=progress, observer=observer)
+        in_runtime = {each.node: each for each in seen}
+        found.sort(key=lambda site: not (site.defective or in_runtime.get(site.node, site).defective))
+    spreads = site_spreads(reference, program, batches[0], names[:_SPREADS]) if names else {}
+    total = sum(site.effect.ratio for site in found)
+    with torch.no_grad():
+        exact = [reference.run(flat) for flat in batches]
+    before = output_noise(program, exact, batches)
+    nodes = {node.name: (node, position) for position, node in enumerate(program.graph.nodes)}
+    sites = [_cause(site, in_runtime.get(site.node), *nodes[site.node], spreads, total) for site in found]
+    remedies = []
+    if before.noise > 0:
+        for site in found[:_TRIED]:
+            remedies += _remedies(reference, result, site.node, exact, batches, before.noise)
+        remedies += _smoothing(reference, result, found, calibration, exact, batches, before.noise)
+    return Causes(
+        sites,
+        list(in_runtime),
+        [name for name in names if in_runtime and name not in in_runtime],
+        sorted(remedies, key=lambda each: each.error_ratio),
+        before.sqnr_db,
+        _rows(batches),
+    )
+
+
+def _rows(batches: list[list[Any]]) -> int:
+    """Return the sizes of the first axes of the first tensors, together."""
+    firsts = [next((each for each in flat if isinstance(each, Tensor) and each.dim()), None) for flat in batches]
+    return sum(max(len(each), 1) if each is not None else 1 for each in firsts)
+
+
+def _reference(result: Result, batches: Batches | None, progress: Progress) -> Program | None:
+    """Return the program that the first quantizing pass was given; the passes before it run again if it is gone."""
+    records = list(result.trace)
+    first = next((each for each in records if each.name != "capture" and each.changed and _quantizes(each.name)), None)
+    if first is None:
+        return None
+    known = next((each.given for each in records if each.given is not None), None)
+    if isinstance(known, Program):
+        return known
+    if result.original is None:
+        raise GraphoptError("the captured model is not at hand to compare with; say what was optimized")
+    ran = [each for each in records[1 : records.index(first)] if each.changed and not each.rejected]
+    passes = [make_pass(each.name, each.options) for each in ran if not issubclass(pass_class(each.name), Composite)]
+    context = Context(result.target, batches, progress=progress)
+    program, _ = run_passes(result.original, passes, context)
+    return program
+
+
+def _quantizes(name: str) -> bool:
+    found = pass_class(name)
+    return found.quantizes and not issubclass(found, Composite)
+
+
+def _first_rows(program: Program, flat: list[Any]) -> list[Any]:
+    """Return the first rows of inputs whose first size is the same open one."""
+    values = [node.meta.get("val") for node in program.placeholders]
+    rows = next((str(each.shape[0]) for each in values if isinstance(each, Tensor) and each.dim()), "")
+    if not rows or rows.isdigit():
+        return flat
+    return [
+        given[:_ROWS] if isinstance(val, Tensor) and val.dim() and str(val.shape[0]) == rows else given
+        for val, given in zip(values, flat, strict=True)
+    ]
+
+
+def _cause(
+    site: SiteError,
+    runtime: SiteError | None,
+    node: fx.Node,
+    position: int,
+    spreads: Mapping[str, Mapping[str, Spread]],
+    total: float,
+) -> Cause:
+    reads = [each for each in map(dequantize_of, node.all_input_nodes) if each is not None]
+    weights = [each for each in reads if arguments(each)["codes"].op == "get_attr"]
+    inputs = [each for each in reads if each not in weights]
+    by = next((made for each in (*inputs, *weights) if (made := provenance(each)["by"])), "")
+    return Cause(
+        site.node,
+        site.kind,
+        position,
+        module_path(node),
+        by,
+        _formats(weights[:1]),
+        _formats(inputs),
+        site.local.sqnr_db,
+        site.weights.sqnr_db,
+        site.inputs.sqnr_db,
+        site.propagated.sqnr_db,
+        site.effect.sqnr_db,
+        site.effect.ratio / total if total > 0 and site.effect.signal else None,
+        runtime.runtime.sqnr_db if runtime else None,
+        runtime.propagated.sqnr_db if runtime else None,
+        runtime.apart.sqnr_db if runtime else None,
+        bool(runtime and runtime.differs),
+        dict(site.misfits),
+        dict(spreads.get(site.node, {})),
+    )
+
+
+def _formats(reads: Iterable[fx.Node]) -> str:
+    found = []
+    for each in reads:
+        named = arguments(each)
+        group, scale = named["group_size"], named["scale"].meta["val"]
+        dynamic = operator(named["codes"]) == "graphopt.quantize" and named["scale"].op == "call_function"
+        where = " by token" if group < 0 else " by channel" if scale.dim() else ""
+        where = f" in groups of {group}" if group > 0 else where
+        found.append(f"{named['format']}{where}{' at run time' if dynamic else ''}")
+    return ", ".join(dict.fromkeys(found))
+
+
+def _remedies(
+    reference: Program, result: Result, site: str, exact: list[list[Any]], batches: list[list[Any]], before: float
+) -> list[Remedy]:
+    """Try what could be done about a site and return what helps."""
+    bits = result.target.code_bits
+    size = file_bytes(result.program, bits)
+    ways = (
+        ("keep float", with_float, f"--keep-float {site}"),
+        ("8-bit weights", with_wider_weights, f"quantize_weights with bits=8 and only=['{site}'] before the other one"),
+    )
+    found = []
+    for change, make, how in ways:
+        tried = make(reference, result.program, site)
+        if tried is not None:
+            error = output_noise(tried, exact, batches).noise / before
+            if error < _HELPS:
+                found.append(Remedy(site, change, how, error, file_bytes(tried, bits) / size))
+    return found
+
+
+def _smoothing(
+    reference: Program,
+    result: Result,
+    sites: list[SiteError],
+    calibration: Batches | None,
+    exact: list[list[Any]],
+    batches: list[list[Any]],
+    before: float,
+) -> list[Remedy]:
+    """Smooth and quantize again where rounding activations costs most, nobody tried it, and it does not take long."""
+    records = list(result.trace)
+    first = next((index for index, each in enumerate(records) if index and each.changed and _quantizes(each.name)), 0)
+    again = [each for each in records[first:] if not issubclass(pass_class(each.name), Composite)]
+    worst = next((site for site in sites[:_TRIED] if site.inputs.noise > site.weights.noise > 0), None)
+    known = any(each.name == _SMOOTH or _SMOOTH in str(each.options) for each in records)
+    if worst is None or known or calibration is None or sum(each.seconds for each in again) > _AFFORDED_SECONDS:
+        return []
+    context = Context(result.target, calibration)
+    smoothed, _ = run_passes(reference, [make_pass(_SMOOTH)], context)
+    passes = [make_pass(each.name, each.options) for each in again]
+    if smoothed is reference or any(each.needs - {"calibration"} for each in passes):
+        return []
+    tried, _ = run_passes(smoothed, passes, context)
+    error, bits = output_noise(tried, exact, batches).noise / before, result.target.code_bits
+    if error >= _HELPS:
+        return []
+    size = file_bytes(tried, bits) / file_bytes(result.program, bits)
+    return [Remedy(worst.node, "smooth what weights read", f"{_SMOOTH} before {records[first].name}", error, size)]
