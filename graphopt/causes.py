@@ -25,6 +25,7 @@ from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import module_path, provenance
 from graphopt.pipeline import Composite, Context, backend, make_pass, pass_class, run_passes
+from graphopt.pipeline.registry import UnknownPass
 from graphopt.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -187,21 +188,18 @@ def causes_of(
     `calibration` is for remedies that need data of their own.
     """
     program = result.program
-    found = site_errors(reference, program, batches, _EFFECTS, progress=progress)
+    looks = file is not None and bool(result.target.backend)
+    observer = backend(result.target.backend).observer(file, program) if looks and file is not None else None
+    found = site_errors(reference, program, batches, _EFFECTS, progress=progress, observer=observer)
     names = [site.node for site in found]
-    in_runtime: dict[str, SiteError] = {}
-    if file is not None and result.target.backend:
-        observer = backend(result.target.backend).observer(file, program)
-        seen = site_errors(reference, program, batches, _EFFECTS, progress=progress, observer=observer)
-        in_runtime = {each.node: each for each in seen}
-        found.sort(key=lambda site: not (site.defective or in_runtime.get(site.node, site).defective))
     spreads = site_spreads(reference, program, batches[0], names[:_SPREADS]) if names else {}
     total = sum(site.effect.ratio for site in found)
     with torch.no_grad():
         exact = [reference.run(flat) for flat in batches]
     before = output_noise(program, exact, batches)
     nodes = {node.name: (node, position) for position, node in enumerate(program.graph.nodes)}
-    sites = [_cause(site, in_runtime.get(site.node), *nodes[site.node], spreads, total) for site in found]
+    sites = [_cause(site, *nodes[site.node], spreads, total) for site in found]
+    seen = sorted((site for site in found if site.runtime is not None), key=lambda site: site.rank(elsewhere=True))
     remedies = []
     if before.noise > 0:
         for site in found[:_TRIED]:
@@ -209,8 +207,8 @@ def causes_of(
         remedies += _smoothing(reference, result, found, calibration, exact, batches, before.noise)
     return Causes(
         sites,
-        list(in_runtime),
-        [name for name in names if in_runtime and name not in in_runtime],
+        [site.node for site in seen],
+        [site.node for site in found if looks and site.runtime is None],
         sorted(remedies, key=lambda each: each.error_ratio),
         before.sqnr_db,
         _rows(batches),
@@ -242,7 +240,10 @@ def _reference(result: Result, batches: Batches | None, progress: Progress) -> P
 
 
 def _quantizes(name: str) -> bool:
-    found = pass_class(name)
+    try:
+        found = pass_class(name)
+    except UnknownPass:  # one that was given as an object, or that is not installed here
+        return False
     return found.quantizes and not issubclass(found, Composite)
 
 
@@ -260,12 +261,12 @@ def _first_rows(program: Program, flat: list[Any]) -> list[Any]:
 
 def _cause(
     site: SiteError,
-    runtime: SiteError | None,
     node: fx.Node,
     position: int,
     spreads: Mapping[str, Mapping[str, Spread]],
     total: float,
 ) -> Cause:
+    runtime = site.runtime
     reads = [each for each in map(dequantize_of, node.all_input_nodes) if each is not None]
     weights = [each for each in reads if arguments(each)["codes"].op == "get_attr"]
     inputs = [each for each in reads if each not in weights]
@@ -284,10 +285,10 @@ def _cause(
         site.propagated.sqnr_db,
         site.effect.sqnr_db,
         site.effect.ratio / total if total > 0 and site.effect.signal else None,
-        runtime.runtime.sqnr_db if runtime else None,
+        runtime.local.sqnr_db if runtime else None,
         runtime.propagated.sqnr_db if runtime else None,
         runtime.apart.sqnr_db if runtime else None,
-        bool(runtime and runtime.differs),
+        site.differs,
         dict(site.misfits),
         dict(spreads.get(site.node, {})),
     )
@@ -311,9 +312,10 @@ def _remedies(
     """Try what could be done about a site and return what helps."""
     bits = result.target.code_bits
     size = file_bytes(result.program, bits)
+    before_it = f"quantize_weights with grid='int8' and only=['{site}'] before the other one"
     ways = (
         ("keep float", with_float, f"--keep-float {site}"),
-        ("8-bit weights", with_wider_weights, f"quantize_weights with bits=8 and only=['{site}'] before the other one"),
+        ("8-bit weights", with_wider_weights, before_it),
     )
     found = []
     for change, make, how in ways:

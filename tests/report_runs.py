@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from graphopt.analysis.numerics import Spread
 from graphopt.backend import ExportReport
 from graphopt.budget import Budget
 from graphopt.capture import capture
+from graphopt.causes import Cause, Causes, Remedy
 from graphopt.ir import Program
 from graphopt.ir.dialect import dequantize
 from graphopt.ir.rewriter import Changes, Rewriter
@@ -87,6 +89,14 @@ def result(passes: tuple[Pass, ...] = (Idle(), CodeWeights()), exported: bool = 
     found.notes.append(f"a note about {HOSTILE}")
     found.original_metric, found.metric = 90.0, 89.5
     found.budget = Budget(metric_drop=0.25, size_ratio=0.5, latency_ratio=0.9)
+    spread = Spread(-1.0, 1.0, [1, 5, 2], [0, 6, 2])
+    worst = Cause(
+        "linear", "linear", 7, HOSTILE, "code_weights", "int4", local_db=12.0, weights_db=12.0, effect_db=10.0,
+        share=0.75, misfits={HOSTILE: 8.0}, spreads={"weights": spread, "output": spread},
+    )  # fmt: skip
+    other = Cause("linear_1", "linear", 9, by="code_weights", weights="int4", local_db=20.0, effect_db=15.0, share=0.25)
+    advice = Remedy("linear", f"keep {HOSTILE}", f"--keep-float {HOSTILE}", 0.38, 1.011)
+    found.causes = Causes([worst, other], remedies=[advice], sqnr_db=9.0, samples=3)
     if exported:
         found.exported = ExportReport(
             Path("run") / "model.onnx",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.cli import main
 from graphopt.errors import GraphoptError
 from graphopt.ir.rewriter import Site
-from graphopt.passes import Canonicalize, FoldBatchNorm, Prune, QuantizeWeights
+from graphopt.passes import Canonicalize, FoldBatchNorm, Prune, QuantizeStatic, QuantizeWeights
 from graphopt.pipeline import PassRecord, Trace
 from graphopt.report.story import Event, story
 from graphopt.report.text import plain, visible
@@ -180,3 +184,58 @@ def test_a_story_over_a_strange_trace() -> None:
     assert events[-1].text.endswith("and 12 more")
     with pytest.raises(GraphoptError, match="no program of this run has"):
         story(Trace([record]), "x.y")
+
+
+@pytest.fixture(scope="module", name="quantized")
+def fixture_quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "quantized"
+    passes = [Canonicalize(), FoldBatchNorm(), QuantizeStatic()]
+    graphopt.optimize(network(), images(), passes, calibration=[images()], run_dir=folder)
+    return folder
+
+
+def test_causes_are_told_place_by_place(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, quantized, "--causes")
+    heading = text.splitlines()[0].split()
+    assert heading[:4] == ["place", "weights", "inputs", "share"] and "as in torch" in text
+    data = json.loads(shown(capsys, quantized, "--causes", "--json"))
+    assert {each["node"] for each in data["sites"]} >= {"conv2d", "conv2d_1", "conv2d_2", "linear"}
+    assert data["samples"] == 4 and data["sqnr_db"] > 20 and all(each["by"] for each in data["sites"])
+
+
+def test_causes_are_measured_again_on_the_model_and_on_another_file(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numpy.savez(tmp_path / "data.npz", x=images()[0].numpy())
+    model = onnx.load(quantized / "model.onnx")
+    scale = next(each for each in model.graph.initializer if each.name == "body.0.weight_scale")
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 8, scale.name))
+    onnx.save(model, tmp_path / "device.onnx")
+    again = ["--causes", "--model", "test_inspect:given", "--calibration", str(tmp_path / "data.npz"), "--json"]
+    stored, healthy = (json.loads(shown(capsys, quantized, *each)) for each in (["--causes", "--json"], again))
+    assert [each["node"] for each in healthy["sites"]] == [each["node"] for each in stored["sites"]]
+    assert not any(each["differ"] for each in healthy["sites"])
+    broken = json.loads(shown(capsys, quantized, *again, "--file", str(tmp_path / "device.onnx")))
+    assert [each["node"] for each in broken["sites"] if each["differ"]] == ["conv2d_1"]
+    assert broken["in_runtime"][0] == "conv2d_1"
+
+
+def test_mistakes_about_causes_are_one_sentence(
+    run: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ["--causes", "--model", "test_inspect:given", "--file", str(tmp_path / "none.onnx")]
+    report = json.loads((run / "report.json").read_text())
+    report["causes"] = None
+    silent = tmp_path / "silent"
+    shutil.copytree(run, silent)
+    (silent / "report.json").write_text(json.dumps(report))
+    for arguments, said in (
+        ([quantized, *missing], "there is no file"),
+        ([quantized, "--causes", "--why", "conv2d"], "give one of --pass, --why, --bisect and --causes"),
+        ([quantized, "--causes", "--file", "other.onnx"], "give these too"),
+        ([silent, "--causes"], "give --model, and --calibration, to measure it now"),
+        ([quantized, "--causes", "--model", "nothing_like_it:given"], "nothing_like_it"),
+    ):
+        assert main(["inspect", *map(str, arguments)]) != 0
+        error = capsys.readouterr().err.strip()
+        assert said in error and "\n" not in error and "Traceback" not in error

@@ -121,7 +121,7 @@ def inspect(
     ] = False,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="MODEL.onnx", help="For --causes --model: look at this file instead of the run's own."),
+        typer.Option(metavar="MODEL.onnx", help="For --causes: look at this file instead of the run's own."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     model: Annotated[
@@ -145,6 +145,8 @@ def inspect(
 
     if sum(bool(each) for each in (pass_, why, bisect, causes)) > 1:
         raise GraphoptError("give one of --pass, --why, --bisect and --causes")
+    if (file or (causes and calibration)) and not (causes and model):
+        raise GraphoptError("--file and --calibration are for --causes --model MODEL: give these too")
     report = Report.read(run_dir)
     if pass_ is not None:
         view = views.one_pass(report, pass_)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -201,6 +202,18 @@ class Report:
         """Median latencies of the float export and of the exported file."""
         return Change(self.exported.baseline_latency_ms, self.exported.latency_ms) if self.exported else Change()
 
+    @property
+    def costliest(self) -> PassRow | None:
+        """The pass after which the outputs of the example were farthest from where they were before it."""
+        most, found, before = 0.0, None, 0.0
+        for row in self.passes:
+            if row.changed and not row.rejected and row.sqnr_db is not None:
+                noise = 10 ** (-row.sqnr_db / 10)
+                if noise - before > most:
+                    most, found = noise - before, row
+                before = noise
+        return found
+
     def measured(self) -> dict[str, float | None]:
         """The quantities a Budget bounds, by its field names."""
         difference = self.metric.difference
@@ -235,6 +248,11 @@ class Report:
             try:
                 values[key] = adapter.validate_python(data[key])
             except ValidationError as error:
+                if _newer(written := str(data.get("version", "")), graphopt_version()):
+                    raise GraphoptError(
+                        f"{source} was written by graphopt {written}, and this is {graphopt_version()}: "
+                        "install that version to read it"
+                    ) from None
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in (key, *first["loc"]))
                 raise GraphoptError(
@@ -292,6 +310,12 @@ class Report:
         from graphopt.report.text import summary
 
         return summary(self)
+
+
+def _newer(version: str, than: str) -> bool:
+    """Return whether a version, `1.10.2` or with more behind it, comes after another; False where one says nothing."""
+    found = [[int(part) for part in re.findall(r"\d+", each)[:3]] for each in (version, than)]
+    return all(found) and found[0] > found[1]
 
 
 def graphopt_version() -> str:

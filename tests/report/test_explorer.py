@@ -133,6 +133,15 @@ def test_a_link_lands_on_its_node(browser: Any, report: Path) -> None:
         assert "No program that is kept here has it." in page.locator("#story").inner_text()
 
 
+def test_a_place_shows_what_became_of_its_values(browser: Any, report: Path) -> None:
+    with Opened(browser, report, "#pass=code_weights&node=linear") as page:
+        assert page.locator("#spreads svg").count() == 2
+        assert page.locator("#spreads svg .mark").count() == 4 and page.locator("#spreads svg .outline").count() == 6
+        assert "alone it leaves 10.0 dB at the outputs (75 % of all)" in page.locator("#story").inner_text()
+        page.goto(report.as_uri() + "#pass=code_weights&node=relu")
+        assert page.locator("#spreads svg").count() == 0
+
+
 def test_search_finds_and_opens(browser: Any, report: Path) -> None:
     with Opened(browser, report) as page:
         page.keyboard.press("/")

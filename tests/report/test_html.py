@@ -71,7 +71,8 @@ def test_nothing_is_loaded(page_text: str) -> None:
     page = Page(page_text)
     assert [each.get("type") for each in page.all("script")] == ["application/json", None]
     for _, attributes in page.elements:
-        assert not {"src", "href", "srcset", "action", "background"} & set(attributes)
+        assert not {"src", "srcset", "action", "background"} & set(attributes)
+        assert (attributes.get("href") or "#").startswith("#")
         assert not any(name.startswith("on") for name in attributes)
     assert "url(" not in page_text and "@import" not in page_text
     assert not any(each in page_text for each in ("fetch(", "XMLHttpRequest", "innerHTML", "eval(", "import("))
@@ -107,6 +108,21 @@ def test_the_page_says_what_the_report_says(page_text: str) -> None:
     assert "its output is no integer" in cells
     assert any("Slower than the float export" in text for text in page.words["p"])
     assert any("budget.latency_ratio ≤ 0.9 does not hold" in text for text in page.words["li"])
+
+
+def test_the_page_says_where_the_error_comes_from_and_what_helps(page_text: str) -> None:
+    page = Page(page_text)
+    said = " ".join(" ".join(page_text.split()).split())
+    assert "all of them together leave 9.0 dB" in said and "on 3 samples" in said
+    assert f"the rounding of {HOSTILE} is 8 times as coarse as it need be" in "".join(page.words["li"])
+    assert any("error -62 %, size +1.1 %" in text for text in page.words["li"])
+    cells = {text.strip() for text in page.words["td"]}
+    assert {"75 %", "10.0 dB", "12.0 dB", "int4"} <= cells
+    assert len([each for each in page.all("rect") if each.get("class") == "outline"]) == 6
+    links = [each["href"] for each in page.all("a")]
+    assert "#pass=code_weights&node=linear" in links and "#pass=code_weights" in links
+    without = html(dataclasses.replace(Report.of(result()), causes=None))
+    assert "Where the error comes from" not in without
 
 
 def test_the_data_hold_every_program(page_text: str) -> None:

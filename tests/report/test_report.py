@@ -111,6 +111,12 @@ def test_a_missing_key_keeps_its_default(key: str) -> None:
     assert report.summary()
 
 
+def test_what_a_newer_version_wrote_otherwise_is_told_as_such() -> None:
+    data = json.loads(Report.of(result()).to_json()) | {"version": "99.1.0", "metric": "high"}
+    with pytest.raises(GraphoptError, match=r"written by graphopt 99\.1\.0, and this is .*: install that version"):
+        Report.from_dict(data)
+
+
 @pytest.mark.parametrize(
     ("data", "where"),
     [

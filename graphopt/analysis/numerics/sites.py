@@ -8,8 +8,6 @@ that are no longer the same. For each:
     inputs       the local error with rounded inputs, but weights as in the reference
     propagated   its output in the quantized program, behind everything that went wrong before it
     effect       the model's outputs where this site alone is quantized
-    runtime      the local error elsewhere than in torch, and what is expected of it, were it computed in torch
-    apart        its local output elsewhere, beside the one in torch
 
 Each is a noise-to-signal ratio Σ (y' - y)² / Σ y² over everything seen, of the outputs the sum of theirs. The local
 error finds what is badly quantized, the propagated one where errors grow, the effect what the user should care about.
@@ -41,6 +39,7 @@ from graphopt.progress import Progress, Silent
 
 Values = dict[str, Any]
 Visit = Callable[[fx.Node, Any, Mapping[str, Any]], Any]  # a node, its value, those it may read -> what others read
+Show = Callable[[str, Any], None]  # a site and its value
 MISFIT = 4.0  # times the noise, as an amplitude, that a format must leave: not a matter of clipping or of other data
 _BINS = 32
 _SAME = 1e-6  # float kernels differ by less
@@ -107,12 +106,35 @@ def _sample(values: Tensor) -> Tensor:
 
 
 @dataclass
+class Elsewhere:
+    """What a site gives elsewhere than in torch.
+
+    Attributes:
+        local, propagated, effect: as in torch; the effect only where it differs from that in torch.
+        expected: what the local error would be, were it as in torch: larger than there where values show rounded.
+        apart: its local output beside the one in torch.
+    """
+
+    local: Noise = field(default_factory=Noise)
+    expected: Noise = field(default_factory=Noise)
+    apart: Noise = field(default_factory=Noise)
+    propagated: Noise = field(default_factory=Noise)
+    effect: Noise = field(default_factory=Noise)
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is much farther from torch than torch is from the exact value."""
+        return self.apart.ratio > MISFIT * max(self.expected.ratio, _SAME)
+
+
+@dataclass
 class SiteError:
     """The error of one site.
 
     Attributes:
         node, kind: its name and its operator.
-        local, weights, inputs, propagated, effect, runtime, expected, apart: see above; empty where not asked for.
+        local, weights, inputs, propagated, effect: see above; empty where not asked for.
+        runtime: the same elsewhere; None where it was not seen there.
         coarse: by the reference's name of each rounded value how coarse its rounding is.
     """
 
@@ -123,15 +145,8 @@ class SiteError:
     inputs: Noise = field(default_factory=Noise)
     propagated: Noise = field(default_factory=Noise)
     effect: Noise = field(default_factory=Noise)
-    runtime: Noise = field(default_factory=Noise)
-    expected: Noise = field(default_factory=Noise)
-    apart: Noise = field(default_factory=Noise)
+    runtime: Elsewhere | None = None
     coarse: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def own(self) -> Noise:
-        """The local error where it was looked at last."""
-        return self.runtime if self.runtime.signal else self.local
 
     @property
     def misfits(self) -> dict[str, float]:
@@ -140,13 +155,20 @@ class SiteError:
 
     @property
     def differs(self) -> bool:
-        """Whether elsewhere it is much farther from the one in torch than that is from the exact one."""
-        return self.apart.ratio > MISFIT * max(self.expected.ratio, _SAME)
+        """Whether it gives something else elsewhere than in torch."""
+        return self.runtime is not None and self.runtime.differs
 
     @property
     def defective(self) -> bool:
         """Whether more is lost here than the format must lose."""
         return bool(self.misfits) or self.differs
+
+    def rank(self, elsewhere: bool = False) -> tuple[bool, bool, float]:
+        """Return what sorts sites: defects first, then the largest effect, then the largest local error."""
+        moved = elsewhere and self.runtime is not None and self.runtime.effect.signal > 0
+        effect = self.runtime.effect if moved and self.runtime is not None else self.effect
+        known = effect.signal > 0
+        return not self.defective, not known, -(effect if known else self.local).ratio
 
     @property
     def plain(self) -> dict[str, float | str | None]:
@@ -172,42 +194,31 @@ def site_errors(
     Args:
         effects: whether to measure effects; a number: only those of so many sites, of the largest local errors.
         only: names of sites to look at.
-        observer: shows what sites give elsewhere than in torch; those that it does not know are left out.
+        observer: shows what sites give elsewhere than in torch.
 
     Memory: the activations of one batch, twice.
     """
     lockstep = _Lockstep(reference, quantized)
     sites = [name for name in lockstep.sites if only is None or name in only]
     work = _Work(lockstep, {name: SiteError(name, operator(lockstep.nodes[name])) for name in sites})
-    measured: list[str] | None = None
+    measured: list[SiteError] | None = None
     with torch.no_grad(), (progress or Silent()).stage("error analysis") as stage:
         for flat in batches:
-            work.exact, work.made, work.shown = lockstep.exact(flat), {}, {}
+            work.begin(lockstep.exact(flat))
             lockstep.local(flat, work.exact, work.found, work.locally)
             if observer is not None:
                 observer.local(flat, work.exact, sites, work.elsewhere)
-            where = work.shown if observer is not None else work.made
             if measured is None:
-                likely = sorted(work.found.values(), key=lambda site: (not site.defective, -site.own.ratio))
-                measured = [site.node for site in likely if site.node in where]
+                measured = sorted(work.found.values(), key=lambda site: site.rank())
                 measured = measured if effects is True else measured[: int(effects)]
-            for name in measured:
-                if name in where:
-                    site = work.found[name]
-                    site.effect = _more(site.effect, *lockstep.effect(*where[name], work.exact))
-                    stage.advance()
-            work.made = {}
-            if observer is None:
-                lockstep.propagated(flat, work.found, work.behind)
-            else:
-                observer.propagated(flat, work.exact, sites, work.behind)
-    first = set(measured or ())
-    return sorted(
-        (site for site in work.found.values() if observer is None or site.node in work.shown),
-        key=lambda site: (
-            not site.defective, site.node not in first, -(site.effect if site.node in first else site.own).ratio,
-        ),
-    )  # fmt: skip
+            for site in measured:
+                work.effect(site)
+                stage.advance()
+            work.begin(work.exact)
+            lockstep.propagated(flat, work.found, work.behind)
+            if observer is not None:
+                observer.propagated(flat, work.exact, sites, work.behind_elsewhere)
+    return sorted(work.found.values(), key=lambda site: site.rank())
 
 
 @dataclass
@@ -217,25 +228,38 @@ class _Work:
     lockstep: _Lockstep
     found: dict[str, SiteError]
     exact: Values = field(default_factory=dict)
-    made: dict[str, tuple[str, Any]] = field(default_factory=dict)  # in torch: where, and the value there
-    shown: dict[str, tuple[str, Any]] = field(default_factory=dict)  # elsewhere
+    made: dict[str, Any] = field(default_factory=dict)  # in torch
+    shown: dict[str, tuple[str, Any]] = field(default_factory=dict)  # elsewhere: where, and the value there
 
-    def locally(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
-        self.found[site].local.add(value, self.exact[where])
-        self.made[site] = where, value
+    def begin(self, exact: Values) -> None:
+        self.exact, self.made, self.shown = exact, {}, {}
+
+    def locally(self, site: str, value: Any) -> None:
+        self.found[site].local.add(value, self.exact[site])
+        self.made[site] = value
 
     def elsewhere(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
-        error, exact = self.found[site], self.exact[where]
-        here = self.lockstep.follow(*self.made[site], where, self.exact)
+        seen = self.found[site].runtime = self.found[site].runtime or Elsewhere()
+        exact, here = self.exact[where], self.lockstep.follow(site, self.made[site], where, self.exact)
         wanted, alike = (rounds(each) for each in (exact, here)) if rounds else (exact, here)
-        error.runtime.add(value, wanted)
-        error.expected.add(alike, wanted)
-        error.apart.add(value, alike)
+        seen.local.add(value, wanted)
+        seen.expected.add(alike, wanted)
+        seen.apart.add(value, alike)
         self.shown[site] = where, (exact + (value - wanted)).to(exact.dtype)
 
-    def behind(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
-        exact = self.exact[where]
-        self.found[site].propagated.add(value, rounds(exact) if rounds else exact)
+    def effect(self, site: SiteError) -> None:
+        if site.node in self.made:
+            _add(site.effect, *self.lockstep.effect(site.node, self.made[site.node], self.exact))
+        if site.runtime is not None and site.runtime.differs and site.node in self.shown:
+            _add(site.runtime.effect, *self.lockstep.effect(*self.shown[site.node], self.exact))
+
+    def behind(self, site: str, value: Any) -> None:
+        self.found[site].propagated.add(value, self.exact[site])
+
+    def behind_elsewhere(self, site: str, where: str, value: Any, rounds: Rounds | None) -> None:
+        seen, exact = self.found[site].runtime, self.exact[where]
+        if seen is not None:
+            seen.propagated.add(value, rounds(exact) if rounds else exact)
 
 
 def site_spreads(reference: Program, quantized: Program, flat: list[Any], sites: Collection[str]) -> dict[str, Any]:
@@ -262,10 +286,9 @@ def site_spreads(reference: Program, quantized: Program, flat: list[Any], sites:
     return found
 
 
-def _more(noise: Noise, made: list[Any], exact: list[Any]) -> Noise:
+def _add(noise: Noise, made: list[Any], exact: list[Any]) -> None:
     for new, old in zip(made, exact, strict=True):
         noise.add(new, old)
-    return noise
 
 
 class _Lockstep:
@@ -317,14 +340,14 @@ class _Lockstep:
         _run(self.reference, flat, keep)
         return values
 
-    def local(self, flat: list[Any], exact: Values, found: Mapping[str, SiteError], see: Any) -> None:
+    def local(self, flat: list[Any], exact: Values, found: Mapping[str, SiteError], see: Show) -> None:
         """Run the quantized program with every shared node reset to its exact value, and show what the sites made."""
 
         def reset(node: fx.Node, value: Any, values: Mapping[str, Any]) -> Any:
             if node.op == "placeholder" or node.name not in self.shared:
                 return value
             if node.name in found:
-                see(node.name, node.name, value, None)
+                see(node.name, value)
                 self._parts(found[node.name], node, exact, values)
             return exact[node.name]
 
@@ -347,12 +370,12 @@ class _Lockstep:
                 given = iter(taken)
                 noise.add(_call(self.nodes[node.name], lambda _, given=given: next(given)), exact[node.name])
 
-    def propagated(self, flat: list[Any], found: Mapping[str, SiteError], see: Any) -> None:
+    def propagated(self, flat: list[Any], found: Mapping[str, SiteError], see: Show) -> None:
         """Run the quantized program as it is and show what the sites made."""
 
         def compare(node: fx.Node, value: Any, _: Mapping[str, Any]) -> Any:
             if node.name in found:
-                see(node.name, node.name, value, None)
+                see(node.name, value)
             return value
 
         _run(self.quantized, flat, compare)
