@@ -2,7 +2,7 @@
 
     reference   the program that the first quantizing pass was given: everything exact is in it, and has its names
     sites       `graphopt.analysis.numerics.site_errors`, of the program and of the file in its runtime
-    remedies    of the worst sites, each run before it is told: the error at the outputs and the size, after over before
+    remedies    of the worst sites, tried (`graphopt.remedies`)
 """
 
 from __future__ import annotations
@@ -16,49 +16,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.cost import file_bytes
 from graphopt.analysis.numerics import SiteError, Spread, site_errors, site_spreads
-from graphopt.analysis.numerics.remedies import dequantize_of, output_noise, with_float, with_wider_weights
+from graphopt.analysis.numerics.changed import dequantize_of
 from graphopt.calibration import Batches
 from graphopt.errors import GraphoptError
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
 from graphopt.ir.rewriter import module_path, provenance
-from graphopt.pipeline import Composite, Context, backend, make_pass, pass_class, run_passes
-from graphopt.pipeline.registry import UnknownPass
+from graphopt.pipeline import Context, backend, make_pass, run_passes
 from graphopt.progress import Progress, Silent
+from graphopt.remedies import Remedy, Trial, composite, quantizes
 
 if TYPE_CHECKING:
     from graphopt.result import Result
 
 _ROWS = 8  # of a batch whose size is open
 _EFFECTS = 64  # sites whose effect is measured
-_TRIED = 3  # sites for which remedies are tried
 _SPREADS = 64  # sites with histograms
-_SMOOTH = "smooth"
-_AFFORDED_SECONDS = 20.0  # for quantizing again
 _SAME_DB = 60.0  # the last bits of floats
-_HELPS = 0.98  # a remedy that leaves more of the error is not worth a sentence
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change that was tried, on the batches on which the errors were measured.
-
-    Attributes:
-        site, change: where, and what. how: how to ask for it.
-        error_ratio: noise at the outputs, after over before. size_ratio: of the weights' bytes in the file.
-    """
-
-    site: str
-    change: str
-    how: str
-    error_ratio: float
-    size_ratio: float
-
-    def __str__(self) -> str:
-        error, size = (f"{100 * (each - 1):+.3g} %" for each in (self.error_ratio, self.size_ratio))
-        return f"{self.site}: {self.change}: error {error}, size {size} ({self.how})"
 
 
 @dataclass(frozen=True)
@@ -196,21 +171,16 @@ def causes_of(
     total = sum(site.effect.ratio for site in found)
     with torch.no_grad():
         exact = [reference.run(flat) for flat in batches]
-    before = output_noise(program, exact, batches)
     nodes = {node.name: (node, position) for position, node in enumerate(program.graph.nodes)}
     sites = [_cause(site, *nodes[site.node], spreads, total) for site in found]
     seen = sorted((site for site in found if site.runtime is not None), key=lambda site: site.rank(elsewhere=True))
-    remedies = []
-    if before.noise > 0:
-        for site in found[:_TRIED]:
-            remedies += _remedies(reference, result, site.node, exact, batches, before.noise)
-        remedies += _smoothing(reference, result, found, calibration, exact, batches, before.noise)
+    trial = Trial(reference, result, batches, exact, calibration)
     return Causes(
         sites,
         [site.node for site in seen],
         [site.node for site in found if looks and site.runtime is None],
-        sorted(remedies, key=lambda each: each.error_ratio),
-        before.sqnr_db,
+        trial.remedies(found),
+        trial.before.sqnr_db,
         _rows(batches),
     )
 
@@ -224,7 +194,7 @@ def _rows(batches: list[list[Any]]) -> int:
 def _reference(result: Result, batches: Batches | None, progress: Progress) -> Program | None:
     """Return the program that the first quantizing pass was given; the passes before it run again if it is gone."""
     records = list(result.trace)
-    first = next((each for each in records if each.name != "capture" and each.changed and _quantizes(each.name)), None)
+    first = next((each for each in records if each.name != "capture" and each.changed and quantizes(each.name)), None)
     if first is None:
         return None
     known = next((each.given for each in records if each.given is not None), None)
@@ -233,18 +203,10 @@ def _reference(result: Result, batches: Batches | None, progress: Progress) -> P
     if result.original is None:
         raise GraphoptError("the captured model is not at hand to compare with; say what was optimized")
     ran = [each for each in records[1 : records.index(first)] if each.changed and not each.rejected]
-    passes = [make_pass(each.name, each.options) for each in ran if not issubclass(pass_class(each.name), Composite)]
+    passes = [make_pass(each.name, each.options) for each in ran if not composite(each.name)]
     context = Context(result.target, batches, progress=progress)
     program, _ = run_passes(result.original, passes, context)
     return program
-
-
-def _quantizes(name: str) -> bool:
-    try:
-        found = pass_class(name)
-    except UnknownPass:  # one that was given as an object, or that is not installed here
-        return False
-    return found.quantizes and not issubclass(found, Composite)
 
 
 def _first_rows(program: Program, flat: list[Any]) -> list[Any]:
@@ -304,54 +266,3 @@ def _formats(reads: Iterable[fx.Node]) -> str:
         where = f" in groups of {group}" if group > 0 else where
         found.append(f"{named['format']}{where}{' at run time' if dynamic else ''}")
     return ", ".join(dict.fromkeys(found))
-
-
-def _remedies(
-    reference: Program, result: Result, site: str, exact: list[list[Any]], batches: list[list[Any]], before: float
-) -> list[Remedy]:
-    """Try what could be done about a site and return what helps."""
-    bits = result.target.code_bits
-    size = file_bytes(result.program, bits)
-    before_it = f"quantize_weights with grid='int8' and only=['{site}'] before the other one"
-    ways = (
-        ("keep float", with_float, f"--keep-float {site}"),
-        ("8-bit weights", with_wider_weights, before_it),
-    )
-    found = []
-    for change, make, how in ways:
-        tried = make(reference, result.program, site)
-        if tried is not None:
-            error = output_noise(tried, exact, batches).noise / before
-            if error < _HELPS:
-                found.append(Remedy(site, change, how, error, file_bytes(tried, bits) / size))
-    return found
-
-
-def _smoothing(
-    reference: Program,
-    result: Result,
-    sites: list[SiteError],
-    calibration: Batches | None,
-    exact: list[list[Any]],
-    batches: list[list[Any]],
-    before: float,
-) -> list[Remedy]:
-    """Smooth and quantize again where rounding activations costs most, nobody tried it, and it does not take long."""
-    records = list(result.trace)
-    first = next((index for index, each in enumerate(records) if index and each.changed and _quantizes(each.name)), 0)
-    again = [each for each in records[first:] if not issubclass(pass_class(each.name), Composite)]
-    worst = next((site for site in sites[:_TRIED] if site.inputs.noise > site.weights.noise > 0), None)
-    known = any(each.name == _SMOOTH or _SMOOTH in str(each.options) for each in records)
-    if worst is None or known or calibration is None or sum(each.seconds for each in again) > _AFFORDED_SECONDS:
-        return []
-    context = Context(result.target, calibration)
-    smoothed, _ = run_passes(reference, [make_pass(_SMOOTH)], context)
-    passes = [make_pass(each.name, each.options) for each in again]
-    if smoothed is reference or any(each.needs - {"calibration"} for each in passes):
-        return []
-    tried, _ = run_passes(smoothed, passes, context)
-    error, bits = output_noise(tried, exact, batches).noise / before, result.target.code_bits
-    if error >= _HELPS:
-        return []
-    size = file_bytes(tried, bits) / file_bytes(result.program, bits)
-    return [Remedy(worst.node, "smooth what weights read", f"{_SMOOTH} before {records[first].name}", error, size)]

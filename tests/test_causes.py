@@ -157,7 +157,10 @@ def _noise(result: Result, before: Program, batches: list[tuple[Tensor]]) -> flo
     )
 
 
-@pytest.mark.parametrize("make", [QuantizeStatic, lambda **more: QuantizeWeights(grid="int3", **more)])
+_NEAREST = functools.partial(QuantizeWeights, grid="int3", objective="plain", rounding="nearest")
+
+
+@pytest.mark.parametrize("make", [QuantizeStatic, _NEAREST])
 def test_keeping_a_site_in_float_does_what_was_said_when_it_is_done(make: Any) -> None:
     module, inputs, data = _chain()
     run = graphopt.optimize(module, inputs, [Canonicalize(), make()], calibration=data)
@@ -168,20 +171,35 @@ def test_keeping_a_site_in_float_does_what_was_said_when_it_is_done(make: Any) -
     before = next(each.given for each in run.trace if each.given is not None)
     with torch.no_grad():
         done = _noise(kept, before, data[:1]) / _noise(run, before, data[:1])
-    # QuantizeWeights rounds what follows for what came before: no longer quite the same.
-    assert remedy.error_ratio == pytest.approx(done, rel=1e-3 if make is QuantizeStatic else 0.3)
+    assert remedy.error_ratio == pytest.approx(done, rel=1e-3)
     assert remedy.size_ratio > 1 and remedy.site in remedy.how
 
 
 def test_wider_weights_are_advised_where_they_are_narrow_and_help() -> None:
     module, inputs, data = _chain()
-    narrow, wide = QuantizeWeights(grid="int2", group_size=0), QuantizeWeights(grid="int8")
+    narrow = QuantizeWeights(grid="int3", group_size=0, objective="plain", rounding="nearest")
     found = graphopt.optimize(module, inputs, [Canonicalize(), narrow], calibration=data).explain(data)
     assert found is not None
     wider = [each for each in found.remedies if each.change == "8-bit weights"]
     assert wider and all(each.error_ratio < 0.98 and each.size_ratio >= 1 for each in wider)
-    eight = graphopt.optimize(module, inputs, [Canonicalize(), wide], calibration=data).explain(data)
-    assert eight is not None and not any(each.change == "8-bit weights" for each in eight.remedies)
+    eight = graphopt.optimize(module, inputs, [Canonicalize(), QuantizeWeights(grid="int8")], calibration=data)
+    found = eight.explain(data)
+    assert found is not None and not any(each.change == "8-bit weights" for each in found.remedies)
+
+
+def test_where_places_make_up_for_each_other_one_is_kept_and_the_others_are_rounded_anew() -> None:
+    module, inputs, data = _chain()
+    tuned = QuantizeWeights(grid="int2", group_size=0, tune="model")
+    run = graphopt.optimize(module, inputs, [Canonicalize(), tuned], calibration=data)
+    found = run.explain()  # on the first rows of the data that the passes were given
+    assert found is not None
+    (remedy,) = [each for each in found.remedies if each.change == "keep float"]
+    less = dataclasses.replace(tuned, skip=(remedy.site,))
+    kept = graphopt.optimize(module, inputs, [Canonicalize(), less], calibration=data)
+    before = next(each.given for each in run.trace if each.given is not None)
+    with torch.no_grad():
+        done = _noise(kept, before, data[:1]) / _noise(run, before, data[:1])
+    assert remedy.error_ratio == pytest.approx(done, rel=1e-3)
 
 
 class Unbalanced(nn.Module):
@@ -270,15 +288,6 @@ def test_an_open_batch_is_looked_at_by_its_first_rows() -> None:
     )
     found = run.explain()
     assert found is not None and found.samples == 8
-
-
-def test_a_sample_that_holds_nan_does_not_hide_the_others() -> None:
-    module, inputs, data = _chain()
-    run = graphopt.optimize(module, inputs, [Canonicalize(), QuantizeStatic()], calibration=data)
-    broken = data[0][0].clone()
-    broken[3] = float("nan")
-    found = run.explain([(broken,)])
-    assert found is not None and found.sites[0].effect_db is not None and found.sites[0].effect_db > 10
 
 
 def test_sentences() -> None:

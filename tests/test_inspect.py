@@ -147,7 +147,7 @@ def test_bisect_by_the_metric_runs_the_passes_again(run: Path, capsys: pytest.Ca
     [
         (["--bisect", "loss=3"], "error=NUMBER, sqnr=DECIBELS or metric=NUMBER"),
         (["--bisect", "sqnr=high"], "error=NUMBER"),
-        (["--why", "conv2d", "--pass", "prune"], "one of --pass, --why and --bisect"),
+        (["--why", "conv2d", "--pass", "prune"], "one of --pass, --why, --bisect and --causes"),
         (["--pass", "17"], "it has 0 to 8"),
     ],
 )
