@@ -26,9 +26,11 @@ from graphopt.pipeline.registry import UnknownPass
 if TYPE_CHECKING:
     from graphopt.result import Result
 
-_TRIED = 3  # sites for which remedies are tried
+_TRIED = 8  # sites for which remedies are tried: what helps most beside the others is not what costs most alone
+_TOLD = 6
 _SMOOTH = "smooth"
 _AFFORDED_SECONDS = 20.0  # for quantizing again
+_MORE = 0.02  # of the error
 _HELPS = 0.98  # a remedy that leaves more of the error is not worth a sentence
 
 
@@ -76,13 +78,13 @@ class Trial:
         """Return what helps of what can be done about the first sites, the most helpful first."""
         if not sites or self.before.noise == 0:
             return []
-        worst = sites
+        worst = sites[:_TRIED]
         found = [each for site in worst for each in self._single(site.node)]
         if not found:
             # Places that were rounded together make up for each other: changing one alone is worse than leaving all.
             found = [each for each in [self._rounded_anew(worst[0].node)] if each is not None]
         found += [each for each in [self._smoothed(worst)] if each is not None]
-        return sorted(found, key=lambda each: each.error_ratio)
+        return sorted(found, key=lambda each: each.error_ratio)[:_TOLD]
 
     def _single(self, site: str) -> list[Remedy]:
         """Change one place and leave the others as they are."""
@@ -93,7 +95,13 @@ class Trial:
         )
         made = [(change, make(self.reference, self.result.program, site), how) for change, make, how in ways]
         tried = [self._judged(site, change, how, program) for change, program, how in made if program is not None]
-        return [each for each in tried if each is not None]
+        found = [each for each in tried if each is not None]
+        # What costs more and hardly helps more is not worth a second sentence.
+        return [
+            each
+            for each in found
+            if not any(o.size_ratio < each.size_ratio and o.error_ratio < each.error_ratio + _MORE for o in found)
+        ]
 
     def _passes(self) -> list[Pass]:
         """Return what quantized; nothing where it needs what is not at hand, or takes long."""

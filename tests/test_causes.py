@@ -37,14 +37,14 @@ EXACT = (Canonicalize(), FoldBatchNorm(), RetypeFloats())
 
 @functools.cache
 def _quantized(name: str) -> tuple[Result, Program, list[list[Any]]]:
-    """A model in int8 by static scales, what it was before, and what is looked at."""
+    """A model in int8 by static scales, what it was before, and what is looked at: it costs a second each time."""
     case = MODELS[name]()
     calibration = list(case.calibration)
     run = graphopt.optimize(
         case.module, case.example_inputs, [*EXACT, QuantizeEmbedding(), QuantizeStatic()], calibration=calibration
     )
     before = next(each.given for each in run.trace if each.given is not None)
-    batches = [before.signature.flatten(*_call(batch)) for batch in calibration[:4]]
+    batches = [before.signature.flatten(*_call(batch)) for batch in calibration[:2]]
     return run, before, batches
 
 
@@ -88,7 +88,7 @@ def test_a_sabotaged_layer_comes_first_in_torch_and_in_the_file(name: str, tmp_p
     result.export(tmp_path / "model.onnx", measure=False)
     scales = _weight_scales(result.program)
     assert len(scales) > 5
-    for victim in (scales[0], scales[len(scales) // 2], scales[-1]):
+    for victim in (scales[0], scales[-1]):
         wanted = _readers(before, victim)
         found = causes_of(before, _broken(result, [victim]), batches)
         assert found.sites[0].node in wanted and found.sites[0].misfits
@@ -119,7 +119,7 @@ def test_a_sabotaged_activation_comes_first_however_little_it_does(name: str) ->
     scales = [each for each in result.program.weights if each.endswith("_scale") and "weight" not in each]
     scales = [each for each in scales if result.program.weights[each].dim() == 0]
     assert len(scales) > 3
-    for victim in (scales[0], scales[len(scales) // 2], scales[-1]):
+    for victim in (scales[0], scales[len(scales) // 2]):
         found = causes_of(before, _broken(result, [victim]), batches)
         first = next(each for each in found.sites if each.node not in healthy)
         value = victim.removesuffix("_scale")

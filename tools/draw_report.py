@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def take(report: Path) -> None:
-    """Write the pictures: a pass's diff, and one place with its surroundings."""
+    """Write the pictures: a pass's diff, one place with its surroundings, and where the error comes from."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)  # None: playwright's own
     with sync_playwright() as driver:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -35,6 +35,7 @@ def take(report: Path) -> None:
         page.goto(report.as_uri() + "#pass=quantize_static&node=conv2d_1")
         page.wait_for_selector("#place:not([hidden])")
         page.locator("#place").screenshot(path=PICTURES / "report_place.png")
+        page.locator("section[aria-labelledby=causes]").screenshot(path=PICTURES / "report_causes.png")
         browser.close()
 
 
@@ -48,7 +49,10 @@ def main() -> None:
             Report.read(run).save_html(path)
         else:
             model, inputs = demo.model()
-            graphopt.optimize(model, inputs, "int8", calibration=demo.calibration()).report.save_html(path)
+            result = graphopt.optimize(model, inputs, "int8", calibration=demo.calibration())
+            result.export(Path(folder) / "model.onnx")
+            result.explain()
+            result.report.save_html(path)
         take(path)
 
 

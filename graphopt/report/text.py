@@ -285,10 +285,8 @@ def export_parts(report: Report) -> list[RenderableType]:
         parts.append(bullet("unfused: 0"))
     else:
         parts.append(bullet(f"unfused: {len(found.unfused)}", "yellow"))
-        groups: dict[str, list[str]] = {}
-        for node, reason in found.unfused:
-            groups.setdefault(reason, []).append(node)
-        parts += [bullet(f"  {listed(nodes)}: {reason}", "yellow") for reason, nodes in groups.items()]
+        groups = merged([Places(reason, [node]) for node, reason in found.unfused])
+        parts += [bullet(f"  {listed(each.nodes)}: {each.reason}", "yellow") for each in groups]
     if found.latency_ratio is not None and found.latency_ratio > 1:
         parts.append(bullet(f"slower than the float export ({found.latency_ratio:.2f}×); the time goes to:", "yellow"))
     parts += [bullet(f"  {line}") for line in found.slow_nodes]
