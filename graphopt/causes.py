@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 _ROWS = 8  # of a batch whose size is open
 _EFFECTS = 64  # sites whose effect is measured
+_RUNS = 128  # of half a model, that all effects may take, one batch aside
 _SPREADS = 64  # sites with histograms
 _SAME_DB = 60.0  # the last bits of floats
 
@@ -144,9 +144,9 @@ def find_causes(
             return None
         looked_at = [_first_rows(result.program, result.program.flat_example)]
         if batches is not None:
-            looked_at = [_first_rows(result.program, batches.first(1)[0])]
-            if (rows := _rows(looked_at)) < _ROWS:
-                looked_at += [_first_rows(result.program, each) for each in batches.first(math.ceil(_ROWS / rows))[1:]]
+            looked_at = [_first_rows(result.program, each) for each in batches.first(_ROWS)]
+            measured = min(_EFFECTS, sum(node.op == "call_function" for node in reference.graph.nodes))
+            looked_at = looked_at[: max(min(_ROWS // _rows(looked_at[:1]), _RUNS // measured), 1)]
         return causes_of(reference, result, looked_at, file, batches, shown)
 
 

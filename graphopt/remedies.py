@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TRIED = 8  # sites for which remedies are tried: what helps most beside the others is not what costs most alone
 _TOLD = 6
 _SMOOTH = "smooth"
-_AFFORDED_SECONDS = 20.0  # for quantizing again
+_AFFORDED_SECONDS = 10.0  # for quantizing again
 _MORE = 0.02  # of the error
 _HELPS = 0.98  # a remedy that leaves more of the error is not worth a sentence
 

@@ -42,14 +42,14 @@ def with_float(reference: Program, quantized: Program, site: str) -> Program | N
 
 def with_wider_weights(reference: Program, quantized: Program, site: str) -> Program | None:
     """Return the program with the weights of one product in eight bits; None where they have these, or are float."""
-    program = quantized.clone()
-    there, here = _named(reference, site), _named(program, site)
+    there, here = _named(reference, site), _named(quantized, site)
     if operator(here) not in _PRODUCTS:
         return None
-    old, new = arguments(there)["weight"], arguments(here)["weight"]
-    codes = dequantize_of(new)
+    old, codes = arguments(there)["weight"], dequantize_of(arguments(here)["weight"])
     if old.op != "get_attr" or codes is None or grid(str(arguments(codes)["format"])).bits >= 8:
         return None
+    program = quantized.clone()
+    here = _named(program, site)
     rewriter = Rewriter(program, "wider_weights")
     source = _weight_of(reference, old, rewriter)
     wide = integer_grid(_WIDE)
