@@ -143,7 +143,7 @@ def run_onnx(
         raise GraphoptError(
             f"ONNX Runtime cannot run '{path}': {first_line(error)}; check the inputs"
         ) from None
-    return dict(zip((name.removesuffix(_SUFFIX) for name in names), values, strict=True))
+    return dict(zip((name.removesuffix(FLOAT32) for name in names), values, strict=True))
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
@@ -175,7 +175,7 @@ def load_session(
 
 def select_feeds(session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The feeds that `session` takes; GraphoptError names the first one that is missing."""
-    names = [value.name.removesuffix(_SUFFIX) for value in session.get_inputs()]
+    names = [value.name.removesuffix(FLOAT32) for value in session.get_inputs()]
     for name in names:
         if name not in feeds:
             raise GraphoptError(
@@ -184,11 +184,11 @@ def select_feeds(session: onnxruntime.InferenceSession, feeds: Mapping[str, Arra
     selected = {}
     for value, name in zip(session.get_inputs(), names, strict=True):
         array = np.asarray(feeds[name])
-        selected[value.name] = array.astype(np.float32) if value.name.endswith(_SUFFIX) else array
+        selected[value.name] = array.astype(np.float32) if value.name.endswith(FLOAT32) else array
     return selected
 
 
-_SUFFIX = "::float32"
+FLOAT32 = "::float32"
 
 
 def _float32_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -197,20 +197,25 @@ def _float32_session(path: Path, options: onnxruntime.SessionOptions) -> onnxrun
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
+    float32_borders(model)
+    return load_session(path, options, model.SerializeToString())
+
+
+def float32_borders(model: onnx.ModelProto) -> None:
+    """Cast bfloat16 inputs and outputs, which NumPy does not know, from and to float32, under names `x::float32`."""
     before, after = [], []
     for value in model.graph.input:
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             before.append(
-                helper.make_node("Cast", [value.name + _SUFFIX], [value.name], to=TensorProto.BFLOAT16)
+                helper.make_node("Cast", [value.name + FLOAT32], [value.name], to=TensorProto.BFLOAT16)
             )
-            value.name += _SUFFIX
+            value.name += FLOAT32
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for value in model.graph.output:
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            after.append(helper.make_node("Cast", [value.name], [value.name + _SUFFIX], to=TensorProto.FLOAT))
-            value.name += _SUFFIX
+            after.append(helper.make_node("Cast", [value.name], [value.name + FLOAT32], to=TensorProto.FLOAT))
+            value.name += FLOAT32
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     nodes = [*before, *model.graph.node, *after]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return load_session(path, options, model.SerializeToString())

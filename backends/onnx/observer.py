@@ -28,11 +28,11 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from graphopt.backend import Rounds, See
-from graphopt.backends.onnx.compare import load_session, session_options
+from graphopt.backends.onnx.compare import FLOAT32, float32_borders, load_session, session_options
 from graphopt.backends.onnx.naming import input_names
 from graphopt.errors import GraphoptError, first_line
 from graphopt.ir import Program
@@ -103,7 +103,9 @@ class OnnxObserver:
         self._path, self._program, self._threads = path, program, threads
         load_session(path, session_options(threads))  # says what is wrong with a file, if anything is
         self._model = onnx.load(path, load_external_data=False)
+        float32_borders(self._model)
         self._names = {node.name for node in program.graph.nodes if node.op == "call_function"}
+        self._types = {each.name: each.type.tensor_type.elem_type for each in self._model.graph.value_info}
         self._constants = {each.name: each for each in self._model.graph.initializer}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in self._model.graph.node:
@@ -132,6 +134,8 @@ class OnnxObserver:
         """Return where each site shows; sites that are not in the file, or not under their own name, are left out."""
         found: dict[str, _Point] = {}
         for site, node in self._last_nodes(sites).items():
+            if self._types.get(node.output[0]) == TensorProto.BFLOAT16:
+                continue  # NumPy knows no such values
             where, value = site, node.output[0]
             behind = self._only_reader(value)
             while behind is not None and behind.op_type in _CLAMPS and behind.name in self._names:
@@ -209,14 +213,13 @@ class OnnxObserver:
         model = ModelProto()
         model.CopyFrom(self._model)
         cut = {each.value for each in points}
-        types = {each.name: each.type.tensor_type.elem_type for each in self._model.graph.value_info}
         for node in model.graph.node:
             for index, name in enumerate(node.input):
                 if name in cut:
                     node.input[index] = name + _EXACT
         for each in points:
             name, array = each.value + _EXACT, fed[each.value + _EXACT]
-            kind = types.get(each.value) or helper.np_dtype_to_tensor_dtype(array.dtype)
+            kind = self._types.get(each.value) or helper.np_dtype_to_tensor_dtype(array.dtype)
             model.graph.input.append(helper.make_tensor_value_info(name, kind, list(array.shape)))
             if each.rounding is not None:
                 own = NodeProto()
@@ -239,8 +242,10 @@ class OnnxObserver:
         return self._sessions[key]
 
     def _run(self, session: onnxruntime.InferenceSession, given: Mapping[str, Array], names: list[str]) -> list[Array]:
-        wanted = {each.name: _DTYPES.get(each.type) for each in session.get_inputs()}
-        feeds = {name: given[name] if dtype is None else given[name].astype(dtype) for name, dtype in wanted.items()}
+        feeds = {}
+        for each in session.get_inputs():
+            array, dtype = given[each.name.removesuffix(FLOAT32)], _DTYPES.get(each.type)
+            feeds[each.name] = array if dtype is None else array.astype(dtype)
         try:
             return list(session.run(names, feeds)) if names else []
         except Exception as error:  # onnxruntime's exception classes are not public

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from models import MODELS
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
@@ -17,7 +18,7 @@ import graphopt
 from graphopt.analysis.numerics import site_errors
 from graphopt.backends.onnx.observer import OnnxObserver
 from graphopt.ir import Program
-from graphopt.passes import Canonicalize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
+from graphopt.passes import Canonicalize, QuantizeDynamic, QuantizeStatic, QuantizeWeights, RetypeFloats
 from graphopt.result import Result
 
 
@@ -117,3 +118,14 @@ def test_a_file_whose_bias_is_wrong_differs_there_alone(clamped: nn.Module, tmp_
     onnx.save(model, path)
     found = site_errors(before, run.program, [before.flat_example], observer=OnnxObserver(path, run.program))
     assert [each.node for each in found if each.differs] == ["conv2d_1"] and found[0].node == "conv2d_1"
+
+
+def test_inputs_in_bfloat16_are_cast(tmp_path: Path) -> None:
+    case = MODELS["mlp_bf16"]()
+    passes = [Canonicalize(), RetypeFloats(), QuantizeDynamic()]
+    run = graphopt.optimize(case.module, case.example_inputs, passes, calibration=case.calibration)
+    run.export(tmp_path / "model.onnx", measure=False)
+    before = next(each.given for each in run.trace if each.given is not None)
+    observer = OnnxObserver(tmp_path / "model.onnx", run.program)
+    found = site_errors(before, run.program, [before.flat_example], observer=observer)
+    assert found and all(each.runtime is not None and not each.differs for each in found)
