@@ -79,11 +79,12 @@ class Trial:
         if not sites or self.before.noise == 0:
             return []
         worst = sites[:_TRIED]
-        found = [each for site in worst for each in self._single(site.node)]
-        if not found:
+        tried: list[Remedy | None] = [each for site in worst for each in self._single(site.node)]
+        if not tried:
             # Places that were rounded together make up for each other: changing one alone is worse than leaving all.
-            found = [each for each in [self._rounded_anew(worst[0].node)] if each is not None]
-        found += [each for each in [self._smoothed(worst)] if each is not None]
+            tried.append(self._rounded_anew(worst[0].node))
+        tried.append(self._smoothed(worst))
+        found = [each for each in tried if each is not None]
         return sorted(found, key=lambda each: each.error_ratio)[:_TOLD]
 
     def _single(self, site: str) -> list[Remedy]:
@@ -107,8 +108,13 @@ class Trial:
         """Return what quantized; nothing where it needs what is not at hand, or takes long."""
         records = list(self.result.trace)
         quantizing = [index for index, each in enumerate(records) if index and each.changed and quantizes(each.name)]
-        again = [each for each in records[min(quantizing, default=0) :] if not composite(each.name)]
-        found = [make_pass(each.name, each.options) for each in again]
+        if not quantizing:
+            return []
+        try:
+            again = [each for each in records[quantizing[0] :] if not composite(each.name)]
+            found = [make_pass(each.name, each.options) for each in again]
+        except UnknownPass:  # it was given as an object
+            return []
         given = {"calibration"} if self.calibration is not None else set()
         affordable = sum(each.seconds for each in again) <= _AFFORDED_SECONDS
         return found if affordable and not any(each.needs - given for each in found) else []

@@ -37,6 +37,15 @@ def browser() -> Iterator[Any]:
         made.close()
 
 
+# Whether a screen reader has words for an element: a label, a title, or its own text.
+_NAMED = """(each) => {
+  const by = each.getAttribute("aria-labelledby");
+  const words = [each.getAttribute("aria-label"), by && document.getElementById(by)?.textContent, each.textContent,
+    ...[...(each.labels || [])].map((label) => label.textContent)];
+  return words.some((text) => text && text.trim());
+}"""
+
+
 class Opened:
     """A page with what it said and asked for."""
 
@@ -140,6 +149,23 @@ def test_a_place_shows_what_became_of_its_values(browser: Any, report: Path) -> 
         assert "alone it leaves 10.0 dB at the outputs (75 % of all)" in page.locator("#story").inner_text()
         page.goto(report.as_uri() + "#pass=code_weights&node=relu")
         assert page.locator("#spreads svg").count() == 0
+
+
+def test_on_paper_everything_is_open_and_nothing_is_cut_off(browser: Any, report: Path) -> None:
+    with Opened(browser, report) as page:
+        assert page.locator("details:not([open])").count() > 0
+        page.emulate_media(media="print")
+        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("details:not([open])").count() == 0
+        assert page.locator("nav").is_hidden() and page.locator("#pass-diff").is_visible()
+        assert len(page.pdf()) > 10_000
+
+
+def test_everything_that_can_be_used_or_seen_has_a_name(browser: Any, report: Path) -> None:
+    with Opened(browser, report, "#pass=code_weights&node=linear") as page:
+        for role in ("button", "link", "checkbox", "searchbox", "combobox", "img", "region", "navigation"):
+            for each in page.get_by_role(role).all():
+                assert page.evaluate(_NAMED, each.element_handle()), (role, each.evaluate("e => e.outerHTML")[:200])
 
 
 def test_search_finds_and_opens(browser: Any, report: Path) -> None:

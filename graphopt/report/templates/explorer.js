@@ -469,6 +469,8 @@
   };
   byId("more").addEventListener("click", () => { state.rows += ROWS; showDiff(); });
   byId("unchanged").addEventListener("change", showPasses);
+  // On paper nothing can be opened.
+  window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => { each.open = true; }));
   window.addEventListener("hashchange", show);
   window.addEventListener("popstate", show);
   byId("explorer").hidden = false;
