@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,52 @@ def test_mistakes_about_causes_are_one_sentence(
         assert main(["inspect", *map(str, arguments)]) != 0
         error = capsys.readouterr().err.strip()
         assert said in error and "\n" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "report.json").unlink(), "report.json"),
+        (lambda folder: (folder / "report.json").write_text('{"recipe": '), "report.json"),
+        (lambda folder: (folder / "report.json").write_text('{"version": "99.0", "metric": 1}'), "graphopt 99.0"),
+        (lambda folder: shutil.rmtree(folder / "trace"), "trace"),
+        (lambda folder: (folder / "trace" / "000_capture.json").write_text("[]"), "000_capture.json"),
+        (lambda folder: (folder / "trace" / "000_capture.txt").unlink(), "000_capture"),
+        (lambda folder: shutil.rmtree(folder), "run"),
+    ],
+)
+def test_a_run_directory_that_is_not_whole_is_one_sentence(
+    run: Path, damage: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    damage(folder)
+    for more in ([], ["--causes"], ["--why", "conv2d"], ["--pass", "capture"]):
+        assert main(["inspect", str(folder), *more]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("graphopt: ") and said in error and "\n" not in error
+
+
+def test_names_in_causes_mean_no_harm(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(quantized, folder)
+    data = json.loads((folder / "report.json").read_text())
+    for each in data["causes"]["sites"]:
+        each["node"], each["module"], each["misfits"] = HARM, "../../etc", {HARM: 9.0}
+    data["causes"]["remedies"] = [
+        {"site": HARM, "change": HARM, "how": HARM, "error_ratio": 0.5, "size_ratio": 1.0}
+    ]
+    (folder / "report.json").write_text(json.dumps(data))
+    for more in ([], ["--causes"]):
+        assert "\x1b" not in shown(capsys, folder, *more)
+    graphopt.report.Report.read(folder).save_html(tmp_path / "report.html")
+    found: list[str] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.append(tag)
+
+    Tags().feed((tmp_path / "report.html").read_text())
+    assert found.count("script") == 2 and found.count("a") > 2
