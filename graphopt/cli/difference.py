@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.errors import GraphoptError, nearest
+from graphopt.cli.bounds import parse_bound
 from graphopt.pipeline import PassRecord
 from graphopt.report import PassRow, Report
 from graphopt.report.text import bullet, pass_cells, section, size_text
@@ -64,7 +63,8 @@ def difference(run_a: Path, run_b: Path, bounds: Sequence[str] = ()) -> Differen
 
     `bounds`: texts like `size_ratio=1.05`, see `BOUNDS`; what is not known of both runs holds no bound.
     """
-    wanted = [_bound(each) for each in bounds]
+    taken = f"--max takes NAME=NUMBER with a name of {', '.join(BOUNDS)}"
+    wanted = [parse_bound(each, BOUNDS, taken) for each in bounds]
     a, b = Report.read(run_a), Report.read(run_b)
     found = {name: get(a, b) for name, get in BOUNDS.items()}
     exceeded = [said for name, bound in wanted if (said := _beyond(name, found[name], bound))]
@@ -109,17 +109,6 @@ BOUNDS: dict[str, Callable[[Report, Report], float | None]] = {
     "params_ratio": lambda a, b: _ratio(a.parameters.after, b.parameters.after),
     "sqnr_drop": lambda a, b: _drop(_sqnr(a), _sqnr(b)),
 }
-
-
-def _bound(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        if name in BOUNDS and not math.isnan(number := float(value)):
-            return name, number
-    except ValueError:
-        pass
-    names = ", ".join(BOUNDS)
-    raise GraphoptError(f"--max takes NAME=NUMBER with a name of {names}, not {text!r}{nearest(name, BOUNDS)}")
 
 
 def _beyond(name: str, found: float | None, bound: float) -> str:

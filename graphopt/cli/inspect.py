@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.causes import Causes
+from graphopt.cli.bounds import parse_bound
 from graphopt.errors import GraphoptError
 from graphopt.pipeline import PassRecord, Trace
 from graphopt.report import Report
@@ -21,6 +22,7 @@ from graphopt.report.report import plain_data
 from graphopt.report.story import Event, story
 from graphopt.report.text import bullet, db_text, listed, passes, pipeline, section, summary
 
+_TAKEN = "--bisect takes error=NUMBER, sqnr=DECIBELS or metric=NUMBER"
 _FEW = 8  # figures that fit on a line
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 _KINDS = {"made": "green", "gone": "red", "changed": "yellow", "skipped": "magenta"}
@@ -92,7 +94,7 @@ def first_beyond(
         bound: `error=1e-5` (of exact passes), `sqnr=30` (dB of the outputs, which must not fall below), or
             `metric=98.5`. replayed: returns for a trace what gives the metric after so many of its passes.
     """
-    quantity, value = _bound(bound)
+    quantity, value = parse_bound(bound, ("error", "sqnr", "metric"), _TAKEN)
     if quantity == "metric":
         if replayed is None:
             raise GraphoptError("--bisect metric=... runs the passes again; give --model, --evaluate and --calibration")
@@ -108,16 +110,6 @@ def first_beyond(
     first = beyond[0]
     at = _recorded(first, quantity)
     return _first(first, f"is the first: {name} is {at:.4g} after it", shown)
-
-
-def _bound(text: str) -> tuple[str, float]:
-    quantity, _, value = text.partition("=")
-    try:
-        if quantity in ("error", "sqnr", "metric"):
-            return quantity, float(value)
-    except ValueError:
-        pass
-    raise GraphoptError(f"--bisect takes error=NUMBER, sqnr=DECIBELS or metric=NUMBER, not {text!r}")
 
 
 def _recorded(record: PassRecord, quantity: str) -> float | None:
