@@ -157,10 +157,11 @@ def causes_of(
     file: Path | None = None,
     calibration: Batches | None = None,
     progress: Progress | None = None,
+    tries: bool = True,
 ) -> Causes:
     """Return the causes, against a program that is the result before anything was quantized, on flat batches.
 
-    `calibration` is for remedies that need data of their own.
+    `calibration` is for remedies that need data of their own; without `tries` there are none.
     """
     program = result.program
     looks = file is not None and bool(result.target.backend)
@@ -179,7 +180,7 @@ def causes_of(
         sites,
         [site.node for site in seen],
         [site.node for site in found if looks and site.runtime is None],
-        trial.remedies(found),
+        trial.remedies(found) if tries else [],
         trial.before.sqnr_db,
         _rows(batches),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import json
 import shutil
@@ -425,9 +424,7 @@ def test_outputs_trace_and_report_are_the_same_after_loading(result: Result, tmp
     for x in (EXAMPLE[0], torch.randn(2, 3, 8, 8)):
         a, b = result(x), found(image=x)
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert [dataclasses.asdict(record) for record in found.trace] == [
-        dataclasses.asdict(record) for record in result.trace
-    ]
+    assert found.trace.records == result.trace.records
     assert found.report.to_json() == result.report.to_json()
     assert found.recipe == result.recipe and found.target == result.target and found.notes == result.notes
 
