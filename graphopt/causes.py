@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.numerics import SiteError, Spread, site_errors, site_spreads
-from graphopt.analysis.numerics.changed import dequantize_of
+from graphopt.analysis.numerics.fit import dequantize_of
 from graphopt.calibration import Batches
 from graphopt.errors import GraphoptError
 from graphopt.ir.arguments import arguments, operator

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphopt.analysis.numerics.fit import dequantize_of
 from graphopt.analysis.numerics.sites import Noise
 from graphopt.ir.arguments import arguments, operator
 from graphopt.ir.program import Program
@@ -67,13 +68,6 @@ def output_noise(program: Program, exact: list[list[Any]], batches: list[list[An
             for made, each in zip(program.run(flat), wanted, strict=True):
                 noise.add(made, each)
     return noise
-
-
-def dequantize_of(node: Any) -> fx.Node | None:
-    """Return the dequantize that a value comes from, perhaps in another shape; None where there is none."""
-    while isinstance(node, fx.Node) and operator(node) in ("view", "reshape") and node.args:
-        node = node.args[0]
-    return node if isinstance(node, fx.Node) and operator(node) == "graphopt.dequantize" else None
 
 
 def _named(program: Program, name: str) -> fx.Node:

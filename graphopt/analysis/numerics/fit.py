@@ -11,6 +11,7 @@ too small, so that values are cut off, as high as it may be.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,10 +27,8 @@ def coarseness(rounded: fx.Node, exact: Tensor, made: Tensor) -> float | None:
 
     None where it is no rounding to integers, or where there is nothing to round.
     """
-    node = rounded
-    while operator(node) in ("view", "reshape") and node.args:
-        node = node.args[0]  # type: ignore[assignment]
-    if operator(node) != "graphopt.dequantize":
+    node = dequantize_of(rounded)
+    if node is None:
         return None
     named = arguments(node)
     form = grid(str(named["format"]))
@@ -47,6 +46,13 @@ def coarseness(rounded: fx.Node, exact: Tensor, made: Tensor) -> float | None:
     if found == 0:
         return 0.0
     return math.sqrt(found / fitted) if fitted > 0 else math.inf
+
+
+def dequantize_of(node: Any) -> fx.Node | None:
+    """Return the dequantize that a value comes from, perhaps in another shape; None where there is none."""
+    while isinstance(node, fx.Node) and operator(node) in ("view", "reshape") and node.args:
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and operator(node) == "graphopt.dequantize" else None
 
 
 def _ends(values: Tensor, axis: int, group: int, channels: bool) -> tuple[Tensor, Tensor]:
