@@ -1,0 +1,50 @@
+"""What kernels read besides activations, as arrays in the order in which lanes read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphopt.backends.cuda.layouts import TILE
+from graphopt.backends.cuda.plan import LinearPlan
+
+
+def pack_linear(
+    plan: LinearPlan, codes: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Return the arrays `weights`, `scales` and, where the plan has them, `zeros`.
+
+    codes: [n, k], from 0 to 2**bits - 1. scale, zero_point: [n, groups of k]; zero points are codes.
+    """
+    layout = plan.layout
+    fill: NDArray[Any] | int = 1 << (plan.bits - 1)
+    if zero_point is not None:
+        width = layout.padded_k // plan.groups
+        fill = np.repeat(_filled(zero_point, plan.groups), width, axis=1)
+    packed: dict[str, NDArray[Any]] = {"weights": layout.pack(codes, fill)}
+    scales = _by_tile(_filled(scale, plan.groups).astype(plan.scale_dtype), layout.tiles)
+    packed["scales"] = scales.view(np.uint32).reshape(-1)
+    if zero_point is not None:
+        zeros = _by_tile(_filled(zero_point, plan.groups).astype(np.uint8), layout.tiles)
+        packed["zeros"] = zeros.view(np.uint16).reshape(-1)
+    return packed
+
+
+def _filled(values: NDArray[Any], groups: int) -> NDArray[Any]:
+    """Return [n, groups], the last column repeated where units hold more groups than the inputs make."""
+    return np.pad(values, ((0, 0), (0, groups - values.shape[1])), mode="edge")
+
+
+def _by_tile(values: NDArray[Any], tiles: int) -> NDArray[Any]:
+    """Return [n, groups] as [tiles, groups, 8, 2]: what a lane needs of its two rows lies side by side."""
+    rows = np.zeros((tiles * TILE, values.shape[1]), values.dtype)
+    rows[: len(values)] = values
+    return np.ascontiguousarray(rows.reshape(tiles, 2, 8, -1).transpose(0, 3, 2, 1))
+
+
+def paired_rows(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    """Return rows of two matrices in eights, alternately, as a paired plan takes them."""
+    eights = [each.reshape(-1, 8, *each.shape[1:]) for each in (first, second)]
+    return np.stack(eights, axis=1).reshape(-1, *first.shape[1:])
