@@ -48,3 +48,8 @@ def paired_rows(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
     """Return rows of two matrices in eights, alternately, as a paired plan takes them."""
     eights = [each.reshape(-1, 8, *each.shape[1:]) for each in (first, second)]
     return np.stack(eights, axis=1).reshape(-1, *first.shape[1:])
+
+
+def pack_signs(minus: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return a bit for each element of a row [n], set for minus, eight to a byte from below."""
+    return np.packbits(minus, bitorder="little")

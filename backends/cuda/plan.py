@@ -8,6 +8,7 @@ sums.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -138,8 +139,131 @@ def _is_input(name: str) -> bool:
     return name.startswith("in") and name[2:].isdecimal()
 
 
-Plan = LinearPlan
-_KINDS: dict[str, TypeAdapter[Any]] = {each.kind: TypeAdapter(each) for each in (LinearPlan,)}
+def _is_vector(name: str) -> bool:
+    return name.startswith("v") and name[1:].isdecimal()
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows [m, n] of halves, one after the other: added up, normalized, rotated, quantized; every step may be left out.
+
+        x = prologue(in0, in1, …)            `keep`: also written, as it stands
+        x = x / √(mean(x²) + eps)            norm "rms"; "layer" takes the mean off before
+        x = affine(x, v0, …)
+        x = x · Q                            blocks of `block`, a power of two; Q as in `graphopt::hadamard`, no small matrix
+        codes, scale[, zero_point] = x       output "int8": the middle code is zero; "uint8": with zero points
+        y = x                                output "half"
+
+    with the arithmetic of `graphopt::dynamic_scale` and `graphopt::quantize` by token.
+
+    Attributes:
+        n: elements of a row. dtype: of activations and scales.
+        prologue: of in0, in1, … like x, and vectors v0, v1, … of n. affine: of x and vectors.
+        keep: whether the prologue's value is written too. norm, eps: see above.
+        block: of the rotation; 0: none. signs: whether Q has them. transpose: times Qᵀ.
+        output: see above.
+        per_thread: elements of a thread. Rotations take 8, 16, 32 or 64, which decides how often threads exchange them.
+    """
+
+    kind: ClassVar[str] = "row"
+
+    n: Annotated[int, Field(ge=1)]
+    dtype: Float16 = "float16"
+    prologue: str = "in0"
+    keep: bool = False
+    norm: Literal["none", "rms", "layer"] = "none"
+    eps: float = 1e-6
+    affine: str = "x"
+    block: Annotated[int, Field(ge=0)] = 0
+    signs: bool = False
+    transpose: bool = False
+    output: Literal["half", "int8", "uint8"] = "half"
+    per_thread: Annotated[int, Field(ge=1, le=64)] = 8
+
+    def __post_init__(self) -> None:
+        for text, own in ((self.prologue, False), (self.affine, True)):
+            for each in names(text):
+                if not (_is_vector(each) or (each == "x" if own else _is_input(each))):
+                    raise ValueError(f"{text} reads {each}, which a row does not have there")
+        if not math.isfinite(self.eps) or self.eps < 0:
+            raise ValueError(f"eps is {self.eps}; it must be a number, and not negative")
+        if self.per_thread % self.width:
+            raise ValueError(f"{self.per_thread} elements of a thread are no whole loads of {self.width}")
+        if self.block:
+            fits = self.block & (self.block - 1) == 0 and self.n % self.block == 0 and self.per_thread <= self.block
+            if not fits or self.per_thread not in (8, 16, 32, 64):
+                raise ValueError(f"no rotation of {self.n} in blocks of {self.block}, {self.per_thread} to a thread")
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"a row of {self.n} takes {self.threads} threads; {MOST_THREADS} are the most")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"a row of {self.n} takes {self.shared_bytes} bytes of shared memory to rotate")
+
+    @property
+    def width(self) -> int:
+        """Elements of one load."""
+        return math.gcd(self.n, 8)
+
+    @property
+    def repeats(self) -> int:
+        """Loads of a thread."""
+        return self.per_thread // self.width
+
+    @property
+    def workers(self) -> int:
+        """Threads that hold elements."""
+        return -(-self.n // self.per_thread)
+
+    @property
+    def threads(self) -> int:
+        return -(-self.workers // 32) * 32
+
+    @property
+    def warps(self) -> int:
+        return self.threads // 32
+
+    @property
+    def bits(self) -> int:
+        """Binary digits of a place in a block of the rotation."""
+        return self.block.bit_length() - 1
+
+    @property
+    def held(self) -> int:
+        """Binary digits of a place among the elements of a thread."""
+        return self.per_thread.bit_length() - 1
+
+    @property
+    def stages(self) -> list[tuple[int, ...]]:
+        """Which digits of a place in its block a thread holds from one exchange to the next, lowest first.
+
+        First and last it holds the lowest three, which it loads and stores together; each stage rotates along the digits
+        that no stage before it held. Two exchanges do up to 10 digits for 16 elements, 12 for 32 and 15 for 64.
+        """
+        lowest, upper = (0, 1, 2), tuple(range(self.bits - self.held + 3, self.bits))
+        left = tuple(range(3, self.bits - self.held + 3))
+        found = [self._with_spare((*lowest, *upper))]
+        while len(left) > self.held - 3:
+            found.append(self._with_spare(left[: self.held]))
+            left = left[self.held :]
+        return found if len(found) == 1 and not left else [*found, self._with_spare((*lowest, *left))]
+
+    def _with_spare(self, digits: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the digits, and as many of the highest others as a thread still has room for."""
+        others = [digit for digit in reversed(range(self.bits)) if digit not in digits]
+        return tuple(sorted([*digits, *others[: self.held - len(digits)]]))
+
+    @property
+    def shared_bytes(self) -> int:
+        exchange = 4 * (self.n + self.n // 32) if self.block and len(self.stages) > 1 else 0
+        return exchange + 16 * 4 * 32 * (self.norm != "none") + 32 * 32
+
+    @property
+    def inputs(self) -> list[str]:
+        """in0, in1, …, v0, v1, … as the kernel takes them."""
+        return sorted({each for text in (self.prologue, self.affine) for each in names(text)} - {"x"})
+
+
+Plan = LinearPlan | RowPlan
+_KINDS: dict[str, TypeAdapter[Any]] = {each.kind: TypeAdapter(each) for each in (LinearPlan, RowPlan)}
 
 
 def plan_text(plan: Plan) -> str:

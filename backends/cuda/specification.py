@@ -7,7 +7,8 @@ of `linear_bound` holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from graphopt.backends.cuda import arithmetic
 from graphopt.backends.cuda.arithmetic import F32, U16
 from graphopt.backends.cuda.expressions import evaluated
-from graphopt.backends.cuda.plan import LinearPlan
+from graphopt.backends.cuda.plan import LinearPlan, RowPlan
 
 
 def linear(
@@ -109,3 +110,113 @@ def linear_bound(plan: LinearPlan, x: U16, weight: F32) -> F32:
     """
     wide = np.abs(arithmetic.widened(x, plan.dtype).astype(np.float64))
     return (4 * 2.0**-23 * (wide @ np.abs(weight.astype(np.float64)).T)).astype(np.float32)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def row(plan: RowPlan, inputs: Mapping[str, U16], signs: NDArray[np.bool_] | None = None) -> dict[str, NDArray[Any]]:
+    """Return what the kernel writes, by the names of its parameters: kept, y, codes, scale, zero_point.
+
+    inputs: in0, … [m, n] and v0, … [n] as bits. signs: [n], true for minus.
+    """
+    values = {name: arithmetic.widened(each, plan.dtype) for name, each in inputs.items()}
+    x = evaluated(plan.prologue, values, plan.dtype)
+    written: dict[str, NDArray[Any]] = {}
+    if plan.keep:
+        written["kept"] = arithmetic.narrowed(x, plan.dtype)
+    if plan.norm != "none":
+        x = _normalized(plan, x)
+    if plan.affine != "x":
+        x = evaluated(plan.affine, {**values, "x": x}, plan.dtype)
+    if plan.block:
+        x = _rotated(plan, x, signs)
+    if plan.output == "half":
+        return {**written, "y": arithmetic.narrowed(x, plan.dtype)}
+    return {**written, **_quantized(plan, x)}
+
+
+def _held_elements(plan: RowPlan, x: F32) -> F32:
+    """Return x [m, n] as the threads hold it, [m, threads, per_thread]; 0 where a thread holds nothing."""
+    m = len(x)
+    if not plan.block:
+        full = np.zeros((m, plan.repeats * plan.threads * plan.width), np.float32)
+        full[:, : plan.n] = x
+        return full.reshape(m, plan.repeats, plan.threads, plan.width).swapaxes(1, 2).reshape(m, plan.threads, -1)
+    upper = plan.held - 3
+    blocks = x.reshape(m, plan.n // plan.block, 1 << upper, -1, 8).swapaxes(2, 3)
+    held = np.zeros((m, plan.threads, plan.per_thread), np.float32)
+    held[:, : plan.workers] = blocks.reshape(m, plan.workers, plan.per_thread)
+    return held
+
+
+def _over_row(each: NDArray[Any], combine: Callable[[Any, Any], Any]) -> NDArray[Any]:
+    """Combine [m, threads] as shuffles and then warps do; return [m, 1]."""
+    lanes = each.reshape(len(each), -1, 32)
+    for distance in (16, 8, 4, 2, 1):
+        lanes = combine(lanes, lanes[:, :, np.arange(32) ^ distance])
+    total = lanes[:, :1, 0]
+    for warp in range(1, lanes.shape[1]):
+        total = combine(total, lanes[:, warp : warp + 1, 0])
+    return total
+
+
+def _sum(plan: RowPlan, x: F32, square: bool) -> F32:
+    held = _held_elements(plan, x)
+    total = np.zeros(held.shape[:2], np.float32)
+    for i in range(plan.per_thread):
+        each = held[:, :, i]
+        total = arithmetic.fma(each, each, total) if square else arithmetic.add(total, each)
+    return _over_row(total, arithmetic.add)
+
+
+def _normalized(plan: RowPlan, x: F32) -> F32:
+    count = np.float32(plan.n)
+    if plan.norm == "layer":
+        x = arithmetic.sub(x, arithmetic.div(_sum(plan, x, square=False), count))
+    variance = arithmetic.div(_sum(plan, x, square=True), count)
+    root = arithmetic.sqrt(arithmetic.add(variance, np.float32(plan.eps)))
+    return arithmetic.mul(x, arithmetic.div(np.float32(1), root))
+
+
+def _rotated(plan: RowPlan, x: F32, signs: NDArray[np.bool_] | None) -> F32:
+    if signs is not None and not plan.transpose:
+        x = np.where(signs, arithmetic.neg(x), x)
+    blocks = x.reshape(-1, plan.block)
+    turned: set[int] = set()
+    for held in plan.stages:
+        for digit in held:
+            if digit not in turned:
+                pairs = blocks.reshape(len(blocks), -1, 2, 1 << digit)
+                low, high = pairs[:, :, 0], pairs[:, :, 1]
+                both = arithmetic.add(low, high), arithmetic.sub(low, high)
+                blocks = np.stack(both, axis=2).reshape(len(blocks), -1)
+        turned.update(held)
+    x = arithmetic.mul(blocks.reshape(x.shape), np.float32(1 / math.sqrt(plan.block)))
+    return np.where(signs, arithmetic.neg(x), x) if signs is not None and plan.transpose else x
+
+
+def _quantized(plan: RowPlan, x: F32) -> dict[str, NDArray[Any]]:
+    if plan.output == "int8":
+        sizes = arithmetic.absolute(x).view(np.uint32).max(axis=1, keepdims=True)
+        step = arithmetic.div(sizes.view(np.float32), np.float32(127))
+        step = np.where(step < np.finfo(np.float32).tiny, np.float32(1), step)
+        step = np.where(sizes >= 0x7F800000, np.float32(np.nan), step)
+    else:
+        zeros = np.zeros((len(x), 1), np.float32)
+        with np.errstate(invalid="ignore"):
+            low = np.concatenate([zeros, x], axis=1).min(axis=1, keepdims=True)
+            high = np.concatenate([zeros, x], axis=1).max(axis=1, keepdims=True)
+        step = arithmetic.div(arithmetic.sub(high, low), np.float32(255))
+    scale = arithmetic.narrowed(step, plan.dtype)
+    step = arithmetic.widened(scale, plan.dtype)
+    if plan.output == "uint8":
+        step = np.where(step == 0, np.float32(1), step)
+        scale = arithmetic.narrowed(step, plan.dtype)
+    steps = arithmetic.to_int(arithmetic.div_by(x, step, arithmetic.div(np.float32(1), step)))
+    if plan.output == "int8":
+        codes = steps.clip(-128, 127).astype(np.int8).view(np.uint8)
+        return {"codes": codes, "scale": scale[:, 0]}
+    zero = arithmetic.to_int(arithmetic.sub(np.float32(0), arithmetic.div(low, step))).clip(0, 255)
+    codes = (steps.clip(-512, 512) + zero).clip(0, 255).astype(np.uint8)
+    return {"codes": codes, "scale": scale[:, 0], "zero_point": zero[:, 0].astype(np.uint8)}

@@ -139,7 +139,7 @@ GO_FN u32 go_fma_b2(u32 a, u32 b, u32 c) {
 // Floats ---------------------------------------------------------------------------------------------------------------
 
 GO_FN float go_add(float a, float b) { return __fadd_rn(a, b); }
-GO_FN float go_sub(float a, float b) { return __fadd_rn(a, -b); }
+GO_FN float go_sub(float a, float b) { return __fsub_rn(a, b); }
 GO_FN float go_mul(float a, float b) { return __fmul_rn(a, b); }
 GO_FN float go_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 GO_FN float go_div(float a, float b) { return __fdiv_rn(a, b); }

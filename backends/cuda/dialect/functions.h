@@ -5,6 +5,7 @@ GO_FN float go_abs(float a) { return go_float(go_bits(a) & 0x7fffffffu); }
 // Where a or b is NaN, these give a NaN, as torch does.
 GO_FN float go_max(float a, float b) { return a > b || a != a ? a : b; }
 GO_FN float go_min(float a, float b) { return a < b || a != a ? a : b; }
+GO_FN int go_clamp(int a, int low, int high) { return a < low ? low : a > high ? high : a; }
 
 // a / b for many a, with inverse = go_div(1, b) made once: three operations instead of ten, and the same bits as go_div
 // wherever quotient and remainder are normal numbers (P. Markstein, "Computation of elementary functions on the IBM RISC

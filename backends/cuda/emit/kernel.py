@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graphopt.backends.cuda.plan import LinearPlan, Plan, plan_text
+from graphopt.backends.cuda.plan import LinearPlan, Plan, RowPlan, plan_text
 
 _DIALECT = Path(__file__).parents[1] / "dialect"
 
@@ -92,12 +92,14 @@ def dialect(name: str) -> str:
 def emit(plan: Plan) -> Kernel:
     """Return the kernel of a plan."""
     from graphopt.backends.cuda.emit.linear import linear
+    from graphopt.backends.cuda.emit.row import row
 
     match plan:
         case LinearPlan():
             parameters, body = linear(plan)
-            return Kernel(plan, tuple(parameters), plan.threads, body)
-    raise AssertionError(plan)
+        case RowPlan():
+            parameters, body = row(plan)
+    return Kernel(plan, tuple(parameters), plan.threads, body)
 
 
 class Writer:

@@ -197,6 +197,8 @@ class _Machine:
 
     def _address(self, instruction: Instruction, place: Operand, here: Threads, size: int) -> NDArray[np.int64]:
         base = self._read(Operand(place.text), "u64", here).astype(np.int64) + place.value
+        if "shared" in instruction.op:
+            base &= 0xFFFFFFFF  # 32-bit addresses, which wrap around
         if (base % size).any():
             raise PtxFault(f"line {instruction.line}: an access of {size} bytes is not aligned")
         return base

@@ -86,6 +86,7 @@ def parse(text: str) -> Program:
         else:
             raise ValueError(f"line {number} of the PTX is not understood: {stripped}")
     instructions = [_instruction(number, found, labels) for number, found in raw]
+    size = -(-size // 16) * 16  # loads may reach over the end of an array to where the next one could begin
     return Program(registers, shared, size, tuple(parameters), tuple(instructions))
 
 
