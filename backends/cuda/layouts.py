@@ -226,3 +226,50 @@ def chunk_for(bits: int, group: int) -> int:
 def span_for(group: int) -> int:
     """Return how many inputs are dealt out together: no more than share a scale."""
     return 32 if group % 32 == 0 else 16
+
+
+@dataclass(frozen=True)
+class ByteLayout:
+    """A matrix [n, k] of signed bytes, multiplied as they are: registers of operand A of m16n8k32, in the lanes' order.
+
+    A lane reads four words for each of the two steps of a chunk of 64 inputs, and 16 neighbouring bytes of x:
+
+        k = 64·chunk + 16·t + 8·step + 4·h + e          register h·2 + (row div 8), byte e
+    """
+
+    n: int
+    k: int
+
+    chunk = unit = 64
+    words = 8
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // TILE)
+
+    @property
+    def padded_k(self) -> int:
+        return -(-self.k // self.unit) * self.unit
+
+    @property
+    def chunks(self) -> int:
+        return self.padded_k // self.chunk
+
+    def place(self, n: Indices, k: Indices) -> tuple[Indices, Indices]:
+        """Return (word, byte) of the codes at (n, k); n and k have one shape."""
+        row, inside = n % TILE, k % self.chunk
+        t, step, h, e = inside // 16, inside % 16 // 8, inside % 8 // 4, inside % 4
+        load = (n // TILE * self.chunks + k // self.chunk) * 2 + step
+        return (load * LANES + 4 * (row % 8) + t) * 4 + 2 * h + row // 8, e
+
+    def pack(self, codes: NDArray[np.int8]) -> Words:
+        """Return the words of codes [n, k]; what fills up is 0."""
+        full = np.zeros((self.tiles * TILE, self.padded_k), np.int8)
+        full[: self.n, : self.k] = codes
+        parts = full.reshape(self.tiles, 2, 8, self.chunks, 4, 2, 2, 4)  # tile, half, g, chunk, t, step, h, e
+        return np.ascontiguousarray(parts.transpose(0, 3, 5, 2, 4, 6, 1, 7)).reshape(-1).view(np.uint32)
+
+    def unpack(self, words: Words) -> NDArray[np.int8]:
+        """Return the codes [n, k] of `pack`."""
+        parts = words.view(np.int8).reshape(self.tiles, self.chunks, 2, 8, 4, 2, 2, 4)
+        return parts.transpose(0, 6, 3, 1, 4, 2, 5, 7).reshape(-1, self.padded_k)[: self.n, : self.k]

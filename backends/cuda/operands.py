@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graphopt.backends.cuda.layouts import TILE
-from graphopt.backends.cuda.plan import LinearPlan
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan
 
 
 def pack_linear(
-    plan: LinearPlan, codes: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any] | None = None
+    plan: LinearPlan | DequantizePlan, codes: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any] | None = None
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays `weights`, `scales` and, where the plan has them, `zeros`.
 
@@ -29,6 +29,17 @@ def pack_linear(
     if zero_point is not None:
         zeros = _by_tile(_filled(zero_point, plan.groups).astype(np.uint8), layout.tiles)
         packed["zeros"] = zeros.view(np.uint16).reshape(-1)
+    return packed
+
+
+def pack_int8(plan: Int8Plan, codes: NDArray[np.int8], scale: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Return the arrays `weights`, `scales` and, where the plan has zero points, `row_sums`.
+
+    codes: [n, k]. scale: [n].
+    """
+    packed: dict[str, NDArray[Any]] = {"weights": plan.layout.pack(codes), "scales": scale.view(np.uint32)}
+    if plan.zero_points:
+        packed["row_sums"] = codes.sum(axis=1, dtype=np.int32).view(np.uint32)
     return packed
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from graphopt.backends.cuda.arithmetic import Float16
 from graphopt.backends.cuda.expressions import names
-from graphopt.backends.cuda.layouts import TILE, WeightLayout, chunk_for, span_for
+from graphopt.backends.cuda.layouts import TILE, ByteLayout, WeightLayout, chunk_for, span_for
 from graphopt.errors import GraphoptError
 
 SHARED_BYTES = 48 << 10  # what every block may have without asking
@@ -24,8 +24,118 @@ MOST_THREADS = 1024
 COLUMNS = 8  # tokens that one product of tensor cores takes
 
 
+class _Product:
+    """What plans of matrix products have in common, made of their fields; see `emit/products.py`.
+
+    Attributes:
+        outputs: columns of y. layout: of the weights, in tiles of 16 rows.
+        rows: tiles that a warp computes. columns: tokens in eights that it computes.
+        row_warps, column_warps, k_warps: of a block, along outputs, tokens and inputs. k_blocks: along the inputs.
+        epilogue: of each output. token_blocks: whether there may be more tokens than a block computes.
+    """
+
+    rows: Any
+    columns: Any
+    row_warps: Any
+    column_warps: Any = 1
+    k_warps: Any
+    k_blocks: Any
+    epilogue: str
+    token_blocks: ClassVar[bool]
+
+    @property
+    def layout(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def threads(self) -> int:
+        return int(32 * self.row_warps * self.column_warps * self.k_warps)
+
+    @property
+    def slices(self) -> int:
+        return int(self.k_warps * self.k_blocks)
+
+    @property
+    def fragment(self) -> int:
+        """Sums that a lane keeps."""
+        return int(self.rows * self.columns * 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        across = self.row_warps * self.column_warps
+        return int((self.k_warps - 1) * across * self.fragment * 128 + 16 * (self.k_blocks > 1))
+
+    @property
+    def tiles_of_block(self) -> int:
+        return int(self.rows * self.row_warps)
+
+    @property
+    def tokens_of_block(self) -> int:
+        return int(COLUMNS * self.columns * self.column_warps)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks along the outputs."""
+        return int(-(-self.layout.tiles // self.tiles_of_block))
+
+    def grid(self, tokens: int) -> tuple[int, int]:
+        """Return the blocks of a launch; ValueError for more tokens than the plan takes."""
+        along = -(-tokens // self.tokens_of_block)
+        if along > 1 and not self.token_blocks:
+            raise ValueError(f"the plan takes up to {self.tokens_of_block} tokens, not {tokens}")
+        return self.blocks * along, self.k_blocks
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names in the epilogue that are not sums, in the order in which the kernel takes them."""
+        return sorted(each for each in names(self.epilogue) if not each.startswith("acc"))
+
+    def workspace(self, tokens: int) -> tuple[int, int]:
+        """Return how many words `partial` and `tickets` have: where blocks share inputs, else none."""
+        if self.k_blocks == 1:
+            return 0, 0
+        blocks, _ = self.grid(tokens)
+        return self.k_blocks * blocks * self.threads // self.k_warps * self.fragment, blocks
+
+    def _check_product(self, names_of_sums: set[str]) -> None:
+        if self.threads > MOST_THREADS:
+            raise ValueError(f"{self.threads} threads are too many for a block")
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(f"the slices of a block take {self.shared_bytes} bytes of shared memory to add up")
+        known = names_of_sums | {name.replace("acc", "bias") for name in names_of_sums}
+        if strange := [each for each in names(self.epilogue) if each not in known and not _is_input(each)]:
+            raise ValueError(f"the epilogue reads {strange[0]}, which a linear does not have")
+
+
+class _Codes:
+    """What plans have in common that read weights of few bits, made of their fields."""
+
+    n: int
+    k: int
+    bits: Any
+    group: int
+    paired: bool
+
+    @property
+    def layout(self) -> WeightLayout:
+        chunk = chunk_for(self.bits, self.group)
+        span = min(span_for(self.group), 32 if chunk % 32 == 0 else 16)
+        return WeightLayout(self.n, self.k, self.bits, chunk, span, max(chunk, self.group))
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.layout.padded_k // self.group if self.group else 1
+
+    def _check_codes(self) -> None:
+        if not chunk_for(self.bits, self.group):
+            raise ValueError(f"no layout of {self.bits} bits has groups of {self.group} inputs")
+        if self.paired and self.n % TILE:
+            raise ValueError(f"{self.n} rows cannot be paired: they are no multiple of {TILE}")
+
+
 @dataclass(frozen=True)
-class LinearPlan:
+class LinearPlan(_Codes, _Product):
     """y [m, n] = epilogue(x [m, k] · dequantized(codes [n, k])ᵀ) with weights of 2, 3, 4 or 8 bits, x in halves.
 
     A block computes 16·rows·row_warps outputs of up to 8·columns tokens. Its inputs are cut into k_warps slices, one for
@@ -43,6 +153,7 @@ class LinearPlan:
     """
 
     kind: ClassVar[str] = "linear"
+    token_blocks: ClassVar[bool] = False
 
     n: Annotated[int, Field(ge=1)]
     k: Annotated[int, Field(ge=1)]
@@ -61,78 +172,12 @@ class LinearPlan:
     epilogue: str = "acc"
 
     def __post_init__(self) -> None:
-        if not chunk_for(self.bits, self.group):
-            raise ValueError(f"no layout of {self.bits} bits has groups of {self.group} inputs")
-        if self.threads > MOST_THREADS:
-            raise ValueError(f"{self.threads} threads are too many for a block")
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(f"the slices of a block take {self.shared_bytes} bytes of shared memory to add up")
-        if self.paired and self.n % TILE:
-            raise ValueError(f"{self.n} rows cannot be paired: they are no multiple of {TILE}")
-        known = {"acc", "bias"} | ({"acc2", "bias2"} if self.paired else set())
-        if strange := [each for each in names(self.epilogue) if each not in known and not _is_input(each)]:
-            raise ValueError(f"the epilogue reads {strange[0]}, which a linear does not have")
-
-    @property
-    def layout(self) -> WeightLayout:
-        chunk = chunk_for(self.bits, self.group)
-        span = min(span_for(self.group), 32 if chunk % 32 == 0 else 16)
-        return WeightLayout(self.n, self.k, self.bits, chunk, span, max(chunk, self.group))
-
-    @property
-    def groups(self) -> int:
-        """Scales of a row."""
-        return self.layout.padded_k // self.group if self.group else 1
+        self._check_codes()
+        self._check_product({"acc", "acc2"} if self.paired else {"acc"})
 
     @property
     def outputs(self) -> int:
         return self.n // 2 if self.paired else self.n
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.row_warps * self.k_warps
-
-    @property
-    def slices(self) -> int:
-        return self.k_warps * self.k_blocks
-
-    @property
-    def fragment(self) -> int:
-        """Sums that a lane keeps."""
-        return self.rows * self.columns * 4
-
-    @property
-    def shared_bytes(self) -> int:
-        return (self.k_warps - 1) * self.row_warps * self.fragment * 128 + 16 * (self.k_blocks > 1)
-
-    @property
-    def tiles_of_block(self) -> int:
-        return self.rows * self.row_warps
-
-    @property
-    def blocks(self) -> int:
-        """Blocks along the outputs."""
-        return -(-self.layout.tiles // self.tiles_of_block)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.blocks, self.k_blocks
-
-    @property
-    def most_tokens(self) -> int:
-        return self.columns * COLUMNS
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names in the epilogue that are not sums, in the order in which the kernel takes them."""
-        return sorted(each for each in names(self.epilogue) if not each.startswith("acc"))
-
-    @property
-    def workspace_words(self) -> int:
-        """Words for the sums of blocks that share inputs; 0 where none do. Tickets not counted."""
-        if self.k_blocks == 1:
-            return 0
-        return self.k_blocks * self.blocks * self.tiles_of_block * self.columns * 4 * 32
 
 
 def _is_input(name: str) -> bool:
@@ -262,8 +307,94 @@ class RowPlan:
         return sorted({each for text in (self.prologue, self.affine) for each in names(text)} - {"x"})
 
 
-Plan = LinearPlan | RowPlan
-_KINDS: dict[str, TypeAdapter[Any]] = {each.kind: TypeAdapter(each) for each in (LinearPlan, RowPlan)}
+@dataclass(frozen=True)
+class Int8Plan(_Product):
+    """y [m, n] = epilogue((x [m, k] - zero points) · codes [n, k]ᵀ · scales) with x and weights of 8 bits, by integers.
+
+    Sums are whole numbers until the end, where a token's zero point times the sum of the output's codes is taken off, and
+    `acc` is the rest times the scale of the token, times that of the output.
+
+    Attributes:
+        n, k: outputs and inputs. dtype: of y, of scales of tokens, and of what the epilogue reads.
+        zero_points: x is unsigned, with a zero point for each scale; else signed, without.
+        by_token: a scale for each token; else one for all.
+        columns: tokens in eights that a warp computes. rows: tiles of 16 outputs.
+        row_warps, column_warps, k_warps, k_blocks: see `emit/products.py`. depth: chunks of weights on their way.
+        epilogue: as in `LinearPlan`.
+    """
+
+    kind: ClassVar[str] = "int8"
+    token_blocks: ClassVar[bool] = True
+    paired: ClassVar[bool] = False
+
+    n: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1)]
+    dtype: Float16 = "float16"
+    zero_points: bool = False
+    by_token: bool = True
+    columns: Literal[1, 2, 4, 8] = 1
+    rows: Literal[1, 2, 4] = 1
+    row_warps: Literal[1, 2, 4, 8] = 1
+    column_warps: Literal[1, 2, 4] = 1
+    k_warps: Literal[1, 2, 4, 8, 16] = 4
+    k_blocks: Annotated[int, Field(ge=1, le=64)] = 1
+    depth: Literal[1, 2, 4, 8] = 2
+    epilogue: str = "acc"
+
+    def __post_init__(self) -> None:
+        if self.k >= 1 << 16:
+            raise ValueError(f"sums of {self.k} products of bytes may be more than 32 bits hold")
+        self._check_product({"acc"})
+
+    @property
+    def layout(self) -> ByteLayout:
+        return ByteLayout(self.n, self.k)
+
+    @property
+    def outputs(self) -> int:
+        return self.n
+
+
+@dataclass(frozen=True)
+class DequantizePlan(_Codes):
+    """The matrix [n, k] in halves of the weights that a `LinearPlan` reads, as `graphopt::dequantize` gives it.
+
+    Attributes as there; rows of paired matrices come apart again, the first matrix above the second.
+    """
+
+    kind: ClassVar[str] = "dequantize"
+    threads: ClassVar[int] = 128
+
+    n: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1)]
+    bits: Literal[2, 3, 4, 8] = 4
+    group: Annotated[int, Field(ge=0)] = 128
+    zero_points: bool = False
+    dtype: Float16 = "float16"
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    paired: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_codes()
+
+    @classmethod
+    def of(cls, plan: LinearPlan) -> DequantizePlan:
+        """Return the plan for the weights of another."""
+        return cls(plan.n, plan.k, plan.bits, plan.group, plan.zero_points, plan.dtype, plan.scale_dtype, plan.paired)
+
+    def grid(self) -> tuple[int, int]:
+        return -(-self.layout.tiles * self.layout.chunks // (self.threads // 32)), 1
+
+    def row(self, packed: str) -> str:
+        """Return the row of the result, in C, of a row as it is packed."""
+        if not self.paired:
+            return packed
+        return f"({packed}) / 16 * 8 + ({packed}) % 8 + (({packed}) / 8 % 2) * {self.n // 2}"
+
+
+Plan = LinearPlan | RowPlan | Int8Plan | DequantizePlan
+_CLASSES = (LinearPlan, RowPlan, Int8Plan, DequantizePlan)
+_KINDS: dict[str, TypeAdapter[Any]] = {each.kind: TypeAdapter(each) for each in _CLASSES}
 
 
 def plan_text(plan: Plan) -> str:

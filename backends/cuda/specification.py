@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from graphopt.backends.cuda import arithmetic
 from graphopt.backends.cuda.arithmetic import F32, U16
 from graphopt.backends.cuda.expressions import evaluated
-from graphopt.backends.cuda.plan import LinearPlan, RowPlan
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, RowPlan
 
 
 def linear(
@@ -91,7 +91,7 @@ def _added(plan: LinearPlan, slices: list[F32]) -> F32:
     return total
 
 
-def _finished(plan: LinearPlan, acc: F32, inputs: Mapping[str, U16]) -> U16:
+def _finished(plan: LinearPlan | Int8Plan, acc: F32, inputs: Mapping[str, U16]) -> U16:
     """Apply the epilogue to sums [m, n]."""
     values = {name: arithmetic.widened(each, plan.dtype) for name, each in inputs.items()}
     if plan.paired:
@@ -110,6 +110,42 @@ def linear_bound(plan: LinearPlan, x: U16, weight: F32) -> F32:
     """
     wide = np.abs(arithmetic.widened(x, plan.dtype).astype(np.float64))
     return (4 * 2.0**-23 * (wide @ np.abs(weight.astype(np.float64)).T)).astype(np.float32)
+
+
+def dequantize(
+    plan: DequantizePlan, codes: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any] | None = None
+) -> U16:
+    """Return the matrix [n, k] as bits; the rest as `pack_linear` takes it."""
+    zero: Any = 1 << (plan.bits - 1)
+    if zero_point is not None:
+        zero = np.repeat(zero_point, plan.group or plan.k, axis=1)[:, : plan.k].astype(np.int64)
+    steps = (codes.astype(np.int64) - zero).astype(np.float32)
+    wide = np.repeat(scale.astype(plan.scale_dtype).astype(np.float32), plan.group or plan.k, axis=1)[:, : plan.k]
+    made = arithmetic.narrowed(arithmetic.mul(steps, wide), plan.dtype)
+    if not plan.paired:
+        return made
+    return np.ascontiguousarray(made.reshape(-1, 2, 8, plan.k).swapaxes(0, 1)).reshape(plan.n, plan.k)
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def int8(
+    plan: Int8Plan,
+    x: NDArray[np.uint8],
+    x_scale: U16,
+    x_zero_point: NDArray[np.uint8] | None,
+    codes: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    inputs: Mapping[str, U16] | None = None,
+) -> U16:
+    """Return y [m, n] as bits; x [m, k] are bytes, signed ones by their bits; scales and zero points [m], or [1]."""
+    whole = x.view(np.int8).astype(np.int64) if x_zero_point is None else x.astype(np.int64) - 128
+    total = whole @ codes.astype(np.int64).T
+    if x_zero_point is not None:
+        total -= (x_zero_point.astype(np.int64) - 128)[:, None] * codes.sum(axis=1, dtype=np.int64)
+    by_token = arithmetic.mul(total.astype(np.float32), arithmetic.widened(x_scale, plan.dtype)[:, None])
+    return _finished(plan, arithmetic.mul(by_token, scale), inputs or {})
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from graphopt.backends.cuda.plan import LinearPlan, Plan, RowPlan, plan_text
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan, plan_text
 
 _DIALECT = Path(__file__).parents[1] / "dialect"
 
@@ -91,14 +91,20 @@ def dialect(name: str) -> str:
 
 def emit(plan: Plan) -> Kernel:
     """Return the kernel of a plan."""
+    from graphopt.backends.cuda.emit.dequantize import dequantize
+    from graphopt.backends.cuda.emit.int8 import int8
     from graphopt.backends.cuda.emit.linear import linear
     from graphopt.backends.cuda.emit.row import row
 
     match plan:
         case LinearPlan():
             parameters, body = linear(plan)
+        case Int8Plan():
+            parameters, body = int8(plan)
         case RowPlan():
             parameters, body = row(plan)
+        case DequantizePlan():
+            parameters, body = dequantize(plan)
     return Kernel(plan, tuple(parameters), plan.threads, body)
 
 

@@ -1,0 +1,230 @@
+"""What kernels of matrix products have in common: who computes what, adding up slices, and the end of every output.
+
+    block (bx, by), warp w:  tiles of 16 outputs      ((bx mod row blocks)·row_warps + w mod row_warps)·rows + 0 … rows-1
+                             tokens in eights         ((bx div row blocks)·column_warps + …)·columns + 0 … columns-1
+                             slice of the inputs      by·k_warps + w div (row_warps·column_warps)
+
+A lane keeps four sums of each tile and eight tokens: of outputs g and g + 8 for tokens 2t and 2t + 1. The slices of a
+block meet in shared memory, those of several blocks in the workspace, where the block that comes last adds them; each
+time in their order, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
+
+from graphopt.backends.cuda.emit.kernel import Parameter, Writer
+from graphopt.backends.cuda.expressions import emitted, names
+from graphopt.backends.cuda.layouts import TILE
+from graphopt.backends.cuda.plan import Int8Plan, LinearPlan
+
+AnyPlan = TypeVar("AnyPlan", LinearPlan, Int8Plan)
+
+
+class Products(ABC, Generic[AnyPlan]):
+    """The body of a kernel: `written` gives it."""
+
+    kind: ClassVar[str]  # of a sum, in C
+
+    def __init__(self, plan: AnyPlan) -> None:
+        self.plan, self.layout, self.out = plan, plan.layout, Writer()
+        self.letter = "h" if plan.dtype == "float16" else "b"
+        self.units = self.layout.padded_k // self.layout.unit
+
+    def written(self) -> str:
+        self._places()
+        self.out(f"{self.kind} acc[{self.plan.rows}][{self.plan.columns}][4] = {{}};")
+        self._buffers()
+        self._load_ahead()
+        self._loop()
+        if self.plan.k_warps > 1:
+            self._add_warps()
+        if self.plan.k_blocks > 1:
+            self._add_blocks()
+        self._store()
+        return str(self.out)
+
+    @abstractmethod
+    def _buffers(self) -> None:
+        """Declare what chunks are loaded into."""
+
+    @abstractmethod
+    def _load(self, d: int, chunk: str) -> None:
+        """Load a chunk into place d."""
+
+    @abstractmethod
+    def _chunk(self, d: int, chunk: str) -> None:
+        """Multiply the chunk in place d, and load the one that comes `depth` chunks later there."""
+
+    @abstractmethod
+    def _before_outputs(self) -> None:
+        """Prepare for the end: the sums are complete."""
+
+    @abstractmethod
+    def _sum(self, i: str, half: int) -> str:
+        """Return a sum as the float `acc` of the epilogue: of token i of two, of output g or g + 8."""
+
+    # Where this lane works ------------------------------------------------------------------------------------------
+
+    def _places(self) -> None:
+        plan, layout = self.plan, self.layout
+        across = plan.row_warps * plan.column_warps
+        self.out(
+            "const int lane = go_thread() % 32, warp = go_thread() / 32;",
+            "const int g = lane / 4, t = lane % 4;",
+            f"const int row_warp = warp % {plan.row_warps}, k_warp = warp / {across}, place = warp % {across};",
+            f"const int tile0 = (go_block() % {plan.blocks} * {plan.row_warps} + row_warp) * {plan.rows};",
+        )
+        column = "0"
+        if plan.column_warps > 1 or plan.token_blocks:
+            column = f"(go_block() / {plan.blocks} * {plan.column_warps} + place / {plan.row_warps}) * {8 * plan.columns}"
+        self.out(f"const int token0 = {column};", f"const int slice = go_block_y() * {plan.k_warps} + k_warp;")
+        per_unit = layout.unit // layout.chunk
+        self.out(
+            f"const int first = {self.units} * slice / {plan.slices} * {per_unit};",
+            f"const int last = {self.units} * (slice + 1) / {plan.slices} * {per_unit};",
+            f"int tile[{plan.rows}];",
+        )
+        beyond = layout.tiles % plan.tiles_of_block != 0
+        for r in range(plan.rows):
+            # Tiles beyond the last compute the last one again; nobody stores them.
+            inside = f"tile0 + {r} < {layout.tiles} ? tile0 + {r} : {layout.tiles - 1}"
+            self.out(f"tile[{r}] = {inside if beyond else f'tile0 + {r}'};")
+
+    # Going through the inputs ---------------------------------------------------------------------------------------
+
+    def _load_ahead(self) -> None:
+        for d in range(self.plan.depth):
+            self.out(f"if (first + {d} < last) {{")
+            self._load(d, f"first + {d}")
+            self.out("}")
+
+    def _load_next(self, d: int, chunk: str) -> None:
+        self.out(f"if ({chunk} + {self.plan.depth} < last) {{")
+        self._load(d, f"{chunk} + {self.plan.depth}")
+        self.out("}")
+
+    def _loop(self) -> None:
+        self.out(f"for (int base = first; base < last; base += {self.plan.depth}) {{")
+        for d in range(self.plan.depth):
+            chunk = f"base + {d}"
+            self.out("{" if d == 0 or self._even else f"if ({chunk} < last) {{")
+            self._chunk(d, chunk)
+            self.out("}")
+        self.out("}")
+
+    @property
+    def _even(self) -> bool:
+        """Whether every slice is a whole number of rounds of the loop."""
+        chunks = self.units // self.plan.slices * (self.layout.unit // self.layout.chunk)
+        return self.units % self.plan.slices == 0 and chunks % self.plan.depth == 0
+
+    def _words(self, target: str, first: int, count: int, source: str, how: str) -> None:
+        """Load words into places of an array."""
+        if count == 1:
+            self.out(f"{target}[{first}] = go_{how}1({source});")
+            return
+        parts = " ".join(f"{target}[{first + i}] = v.{'xyzw'[i]};" for i in range(count))
+        self.out(f"{{ u32x{count} v = go_{how}{count}({source}); {parts} }}")
+
+    def _read_row(self, target: str, row: str, start: str, count: int, size: int) -> None:
+        """Read `count` inputs of `size` bytes into words, by the widest loads that all rows allow, none beyond the row.
+
+        `row`: the address of the first, which is input `start`.
+        """
+        k, padded = self.plan.k, self.layout.padded_k
+        each = 4 // size  # inputs of a word
+        width = next(width for width in (16, 8, 4, 2, 1) if k % width == 0 and width <= min(count, 4 * each))
+        for first in range(0, count, width):
+            guard = f"if ({start} + {first} < {k}) " if padded != k else ""
+            if width >= each:
+                self.out(*([f"{guard}{{"] if guard else ["{"]))
+                self._words(target, first // each, width // each, f"(const u32*)({row} + {first})", "load")
+                self.out("}")
+                continue
+            load = "go_load_u16" if width * size == 2 else "go_load_u8"
+            pointer = "u16" if width * size == 2 else "u8"
+            shift = 8 * size * (first % each)
+            self.out(f"{guard}{target}[{first // each}] |= {load}((const {pointer}*)({row} + {first})) << {shift};")
+
+    # Adding up ------------------------------------------------------------------------------------------------------
+
+    def _each(self, statement: str) -> None:
+        """Write a statement for all sums of a lane, numbered by e."""
+        plan = self.plan
+        self.out("GO_UNROLL", f"for (int e = 0; e < {plan.fragment}; e++) {{")
+        self.out(f"{self.kind}& sum = acc[e / {4 * plan.columns}][e / 4 % {plan.columns}][e % 4];", statement, "}")
+
+    def _plus(self, a: str, b: str) -> str:
+        return f"go_add({a}, {b})" if self.kind == "float" else f"{a} + {b}"
+
+    def _add_warps(self) -> None:
+        plan = self.plan
+        across = plan.row_warps * plan.column_warps
+        self.out(f"GO_SHARED({self.kind}, slices, {(plan.k_warps - 1) * across * plan.fragment * 32});")
+        at = f"((({{}}) * {across} + place) * {plan.fragment} + e) * 32 + lane"
+        self.out("if (k_warp > 0) {")
+        self._each(f"GO_PUT(slices, {at.format('k_warp - 1')}, sum);")
+        self.out("}", "GO_SYNC();", "if (k_warp == 0) {")
+        self.out(f"for (int other = 0; other < {plan.k_warps - 1}; other++) {{")
+        other = f"GO_GET(slices, {at.format('other')})"
+        self._each(f"sum = {self._plus('sum', other)};")
+        self.out("}", "}")
+
+    def _add_blocks(self) -> None:
+        plan = self.plan
+        across = plan.row_warps * plan.column_warps
+        at = f"((((u64){{}} * go_blocks() + go_block()) * {across} + place) * {plan.fragment} + e) * 32 + lane"
+        bits, back = ("go_bits(sum)", "go_float({})") if self.kind == "float" else ("(u32)sum", "(int){}")
+        self.out("GO_SHARED(u32, ticket, 1);", "if (k_warp == 0) {")
+        self._each(f"go_store1(partial + {at.format('go_block_y()')}, {bits});")
+        self.out("}", "GO_SYNC();", "if (go_thread() == 0) {", "GO_PUT(ticket, 0, go_ticket(tickets + go_block()));")
+        self.out("}", "GO_SYNC();", f"if (GO_GET(ticket, 0) != {plan.k_blocks - 1}) return;")
+        self.out("if (go_thread() == 0) go_store1(tickets + go_block(), 0);  // as the next launch finds it")
+        self.out("if (k_warp == 0) {")
+        self._each("sum = 0;")
+        self.out(f"for (int other = 0; other < {plan.k_blocks}; other++) {{")
+        other = back.format(f"go_load_fresh(partial + {at.format('other')})")
+        self._each(f"sum = {self._plus('sum', other)};")
+        self.out("}", "}")
+
+    # The end --------------------------------------------------------------------------------------------------------
+
+    def _store(self) -> None:
+        plan = self.plan
+        self.out("if (k_warp > 0) return;")
+        self._before_outputs()
+        self.out("GO_UNROLL", f"for (int r = 0; r < {plan.rows}; r++) {{")
+        for half in (0,) if plan.paired else (0, 1):
+            n = "(tile0 + r) * 8 + g" if plan.paired else f"(tile0 + r) * {TILE} + g + {8 * half}"
+            self.out(f"if (tile0 + r < {self.layout.tiles} && {n} < {plan.outputs}) {{", f"const int n = {n};")
+            self.out(*self._of_output(half))
+            self.out("GO_UNROLL", f"for (int c = 0; c < {plan.columns}; c++) {{", "GO_UNROLL", "for (int i = 0; i < 2; i++) {")
+            self.out("const int token = token0 + 8 * c + 2 * t + i;", "if (token < tokens) {")
+            self.out(f"const u64 at = (u64)token * {plan.outputs} + n;", *self._of_token())
+            leaves = {"acc": self._sum("i", half), "acc2": self._sum("i", 1)}
+            for name in plan.inputs:
+                vector = name.startswith("bias")
+                leaves[name] = f"v_{name}" if vector else f"go_of_{self.letter}(go_load_u16({name} + at))"
+            value = emitted(plan.epilogue, leaves, plan.dtype)
+            self.out(f"go_store_u16(y + at, go_to_{self.letter}({value}));", "}", "}", "}", "}")
+        self.out("}")
+
+    def _of_output(self, half: int) -> list[str]:
+        """Return lines that read what all tokens of output n need."""
+        vectors = [name for name in names(self.plan.epilogue) if name.startswith("bias")]
+        return [f"const float v_{name} = go_of_{self.letter}(go_load_u16({name} + n));" for name in vectors]
+
+    def _of_token(self) -> list[str]:
+        """Return lines that read what token `token` needs."""
+        return []
+
+
+def workspace_parameters(plan: LinearPlan | Int8Plan) -> list[Parameter]:
+    """Return what the kernel takes behind everything else."""
+    found = [Parameter(name, "u16") for name in plan.inputs]
+    found += [Parameter("y", "u16", written=True), Parameter("tokens", "int")]
+    if plan.k_blocks > 1:
+        found += [Parameter("partial", "u32", written=True), Parameter("tickets", "u32", written=True)]
+    return found
