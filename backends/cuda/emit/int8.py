@@ -25,27 +25,30 @@ def int8(plan: Int8Plan) -> tuple[list[Parameter], str]:
 class _Body(Products[Int8Plan]):
     kind: ClassVar[str] = "int"
 
+    def _sources(self) -> list[tuple[str, int]]:
+        plan = self.plan
+        for r in range(plan.rows):
+            self.out(f"const u32* w{r} = weights + ((u64)tile[{r}] * {self.layout.chunks * 64} + lane) * 4;")
+        self._rows_of_x("u8", 16)
+        return [*((f"w{r}", 256) for r in range(plan.rows)), *((f"x{c}", 64) for c in range(plan.columns))]
+
     def _buffers(self) -> None:
         self.out(f"u32 next[{self.plan.depth}][{self.plan.rows}][8];")
 
-    def _load(self, d: int, chunk: str) -> None:
+    def _load(self, d: int, ahead: int) -> None:
         for r in range(self.plan.rows):
-            start = f"weights + ((tile[{r}] * {self.layout.chunks} + {chunk}) * 64 + lane) * 4"
             for step in range(2):
-                self._words(f"next[{d}][{r}]", 4 * step, 4, f"{start} + {step * 128}", "stream")
+                self._words(f"next[{d}][{r}]", 4 * step, 4, f"w{r} + {ahead * 256 + step * 128}", "stream")
 
-    def _chunk(self, d: int, chunk: str) -> None:
+    def _chunk(self, d: int) -> None:
         plan = self.plan
         for r in range(plan.rows):
             for step in range(2):
                 words = ", ".join(f"next[{d}][{r}][{4 * step + i}]" for i in range(4))
                 self.out(f"const u32 a{r}_{step}[4] = {{{words}}};")
-        self._load_next(d, chunk)
-        self.out(f"const int k = ({chunk}) * 64 + 16 * t;")
+        self._load_next(d)
         for c in range(plan.columns):
-            self.out(f"u32 b{c}[4] = {{}};", f"if (token0 + {8 * c} + g < tokens) {{")
-            self._read_row(f"b{c}", f"x + (u64)(token0 + {8 * c} + g) * {plan.k} + k", "k", 16, 1)
-            self.out("}")
+            self._read_row(f"b{c}", f"x{c} + {64 * d}", f"(base + {d}) * 64 + 16 * t", 16, 1)
             if plan.zero_points:
                 self.out(*(f"b{c}[{i}] ^= 0x80808080u;" for i in range(4)))
             for step in range(2):

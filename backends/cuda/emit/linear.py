@@ -35,6 +35,25 @@ class _Body(Products[LinearPlan]):
         self.groups_of_chunk = max(self.layout.chunk // plan.group, 1) if self.by_group else 1
         self.group = 0  # of the chunk, whose zero points are at hand
 
+    def _sources(self) -> list[tuple[str, int]]:
+        plan, layout = self.plan, self.layout
+        wide = 2 if plan.scale_dtype == "float32" else 1
+        pointers = [(f"x{c}", layout.chunk) for c in range(plan.columns)]
+        for r in range(plan.rows):
+            words = f"((u64)tile[{r}] * {layout.chunks * layout.words // layout.vector * 32} + lane) * {layout.vector}"
+            scales = f"((u64)tile[{r}] * {plan.groups * 8} + g)"
+            self.out(f"const u32* w{r} = weights + {words};")
+            self.out(f"const u32* s{r} = scales + {scales} * {wide};")
+            pointers.append((f"w{r}", layout.words * 32))
+            if plan.zero_points:
+                self.out(f"const u16* z{r} = zeros + {scales};")
+            if self.by_group and self.chunks_of_group == 1:
+                pointers.append((f"s{r}", self.groups_of_chunk * 8 * wide))
+                if plan.zero_points:
+                    pointers.append((f"z{r}", self.groups_of_chunk * 8))
+        self._rows_of_x("u16", layout.span // 4)
+        return pointers
+
     def _buffers(self) -> None:
         plan = self.plan
         if self.by_group:
@@ -51,44 +70,42 @@ class _Body(Products[LinearPlan]):
 
     # Streaming ------------------------------------------------------------------------------------------------------
 
-    def _load(self, d: int, chunk: str) -> None:
-        """Load a chunk's words, scales and zero points into place d."""
+    def _load(self, d: int, ahead: int) -> None:
         layout, plan = self.layout, self.plan
-        vectors = layout.words // layout.vector
         for r in range(plan.rows):
-            start = f"weights + ((tile[{r}] * {layout.chunks} + {chunk}) * {vectors * 32} + lane) * {layout.vector}"
-            for v in range(vectors):
-                self._words(f"next[{d}][{r}]", v * layout.vector, layout.vector, f"{start} + {v * 32 * layout.vector}", "stream")
+            for v in range(0, layout.words, layout.vector):
+                self._words(f"next[{d}][{r}]", v, layout.vector, f"w{r} + {(ahead * layout.words + v) * 32}", "stream")
             if not self.by_group:
                 if plan.zero_points:
-                    self.out(f"zero[{d}][{r}][0] = go_load_u16(zeros + tile[{r}] * 8 + g);")
+                    self.out(f"zero[{d}][{r}][0] = go_load_u16(z{r});")
                 continue
-            group = f"({chunk}) * {self.groups_of_chunk}" if self.chunks_of_group == 1 else f"({chunk}) / {self.chunks_of_group}"
             for j in range(self.groups_of_chunk):
-                at = f"(tile[{r}] * {plan.groups} + {group} + {j}) * 8 + g"
+                at = str((ahead * self.groups_of_chunk + j) * 8)
+                if self.chunks_of_group > 1:
+                    at = f"(base + {ahead}) / {self.chunks_of_group} * 8"
                 if plan.scale_dtype == "float32":
-                    self._words(f"scale[{d}][{r}]", 2 * j, 2, f"scales + ({at}) * 2", "load")
+                    self._words(f"scale[{d}][{r}]", 2 * j, 2, f"s{r} + {at} * 2", "load")
                 else:
-                    self.out(f"scale[{d}][{r}][{j}] = go_load1(scales + {at});")
+                    self.out(f"scale[{d}][{r}][{j}] = go_load1(s{r} + {at});")
                 if plan.zero_points:
-                    self.out(f"zero[{d}][{r}][{j}] = go_load_u16(zeros + {at});")
+                    self.out(f"zero[{d}][{r}][{j}] = go_load_u16(z{r} + {at});")
 
     # One chunk ------------------------------------------------------------------------------------------------------
 
-    def _chunk(self, d: int, chunk: str) -> None:
+    def _chunk(self, d: int) -> None:
         plan, layout = self.plan, self.layout
         self._copy(d)
-        self._load_next(d, chunk)
+        self._load_next(d)
         for j in range(self.groups_of_chunk):
             steps = layout.steps // self.groups_of_chunk
             if j == 0 or plan.zero_points:
                 self._offsets(j)
             for s in range(steps * j, steps * (j + 1)):
                 if s * 16 % layout.span == 0:
-                    self._read_x(chunk, s)
+                    self._read_x(d, s)
                 self._step(s)
             if self.by_group:
-                self._end_of_group(chunk, j)
+                self._end_of_group(d, j)
 
     def _copy(self, d: int) -> None:
         """Take what was loaded into names of its own, so that the next load may come."""
@@ -118,20 +135,12 @@ class _Body(Products[LinearPlan]):
             return self.recipe.middle()
         return {place: f"o{r}_{half}_{place}_{self.group}" for place in self.recipe.places}
 
-    def _read_x(self, chunk: str, step: int) -> None:
-        """Read this lane's inputs of a span, for each column: `b{column}_{step}[2]`."""
-        plan, layout = self.plan, self.layout
-        quarter = layout.span // 4
-        steps = layout.span // 16
-        start = f"k{step}"
-        self.out(f"const int {start} = ({chunk}) * {layout.chunk} + {step * 16} + {quarter} * t;")
-        for c in range(plan.columns):
-            self.out(f"u32 b{c}_{step}[{2 * steps}] = {{}};")
-            token = f"token0 + {8 * c} + g"
-            self.out(f"if ({token} < tokens) {{")
-            row = f"x + (u64)({token}) * {plan.k} + {start}"
-            self._read_row(f"b{c}_{step}", row, start, quarter, 2)
-            self.out("}")
+    def _read_x(self, d: int, step: int) -> None:
+        """Read this lane's inputs of a span, for each column: `b{column}_{step}`."""
+        ahead, quarter = d * self.layout.chunk + step * 16, self.layout.span // 4
+        for c in range(self.plan.columns):
+            start = f"base * {self.layout.chunk} + {ahead} + {quarter} * t"
+            self._read_row(f"b{c}_{step}", f"x{c} + {ahead}", start, quarter, 2)
 
     def _step(self, step: int) -> None:
         """Multiply 16 inputs."""
@@ -149,10 +158,10 @@ class _Body(Products[LinearPlan]):
                 at = 2 * (step - span_step)
                 self.out(f"go_mma_{self.letter}({sums}[{r}][{c}], a{r}_{step}, {b}[{at}], {b}[{at + 1}]);")
 
-    def _end_of_group(self, chunk: str, j: int) -> None:
+    def _end_of_group(self, d: int, j: int) -> None:
         several = self.chunks_of_group > 1
         if several:
-            self.out(f"if (({chunk}) % {self.chunks_of_group} == {self.chunks_of_group - 1}) {{")
+            self.out(f"if ((base + {d}) % {self.chunks_of_group} == {self.chunks_of_group - 1}) {{")
         for r in range(self.plan.rows):
             if self.plan.scale_dtype == "float32":
                 low, high = f"go_float(s{r}_{2 * j})", f"go_float(s{r}_{2 * j + 1})"
@@ -177,10 +186,10 @@ class _Body(Products[LinearPlan]):
         plan = self.plan
         for r in range(plan.rows):
             if plan.scale_dtype == "float32":
-                self.out(f"const u32x2 rs{r} = go_load2(scales + (tile[{r}] * 8 + g) * 2);")
+                self.out(f"const u32x2 rs{r} = go_load2(s{r});")
                 low, high = f"go_float(rs{r}.x)", f"go_float(rs{r}.y)"
             else:
-                self.out(f"const u32 rs{r} = go_load1(scales + tile[{r}] * 8 + g);")
+                self.out(f"const u32 rs{r} = go_load1(s{r});")
                 low, high = f"go_of_h(rs{r} & 0xffffu)", f"go_of_h(rs{r} >> 16)"
             self.out("GO_UNROLL", f"for (int c = 0; c < {plan.columns}; c++) {{", "GO_UNROLL", "for (int i = 0; i < 4; i++) {")
             self.out(f"acc[{r}][c][i] = go_mul(acc[{r}][c][i], i < 2 ? {low} : {high});", "}", "}")

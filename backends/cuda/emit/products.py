@@ -34,10 +34,12 @@ class Products(ABC, Generic[AnyPlan]):
 
     def written(self) -> str:
         self._places()
+        pointers = self._sources()
+        self.out(*(f"{name} += first * {step};" for name, step in pointers))
         self.out(f"{self.kind} acc[{self.plan.rows}][{self.plan.columns}][4] = {{}};")
         self._buffers()
         self._load_ahead()
-        self._loop()
+        self._loop(pointers)
         if self.plan.k_warps > 1:
             self._add_warps()
         if self.plan.k_blocks > 1:
@@ -46,16 +48,23 @@ class Products(ABC, Generic[AnyPlan]):
         return str(self.out)
 
     @abstractmethod
+    def _sources(self) -> list[tuple[str, int]]:
+        """Declare pointers to this lane's parts of chunk 0 of what it reads.
+
+        Returns their names, and by how much they move from chunk to chunk.
+        """
+
+    @abstractmethod
     def _buffers(self) -> None:
         """Declare what chunks are loaded into."""
 
     @abstractmethod
-    def _load(self, d: int, chunk: str) -> None:
-        """Load a chunk into place d."""
+    def _load(self, d: int, ahead: int) -> None:
+        """Load the chunk `ahead` of where the pointers are into place d."""
 
     @abstractmethod
-    def _chunk(self, d: int, chunk: str) -> None:
-        """Multiply the chunk in place d, and load the one that comes `depth` chunks later there."""
+    def _chunk(self, d: int) -> None:
+        """Multiply the chunk in place d, d ahead of where the pointers are; `_load_next` once its place is free."""
 
     @abstractmethod
     def _before_outputs(self) -> None:
@@ -92,27 +101,39 @@ class Products(ABC, Generic[AnyPlan]):
             inside = f"tile0 + {r} < {layout.tiles} ? tile0 + {r} : {layout.tiles - 1}"
             self.out(f"tile[{r}] = {inside if beyond else f'tile0 + {r}'};")
 
+    def _rows_of_x(self, type: str, quarter: int) -> None:
+        """Name where a lane's inputs begin, `x{column}`: `quarter` of each span belong to it.
+
+        Tokens beyond the last read the last one again: columns of a product know nothing of each other, and nobody
+        stores theirs.
+        """
+        for c in range(self.plan.columns):
+            self.out(f"const int token{c + 1} = token0 + {8 * c} + g < tokens ? token0 + {8 * c} + g : tokens - 1;")
+            self.out(f"const {type}* x{c} = x + (u64)token{c + 1} * {self.plan.k} + {quarter} * t;")
+
     # Going through the inputs ---------------------------------------------------------------------------------------
 
     def _load_ahead(self) -> None:
+        self.out("int base = first;  // the chunk at the pointers")
         for d in range(self.plan.depth):
-            self.out(f"if (first + {d} < last) {{")
-            self._load(d, f"first + {d}")
+            self.out(f"if (base + {d} < last) {{")
+            self._load(d, d)
             self.out("}")
 
-    def _load_next(self, d: int, chunk: str) -> None:
-        self.out(f"if ({chunk} + {self.plan.depth} < last) {{")
-        self._load(d, f"{chunk} + {self.plan.depth}")
+    def _load_next(self, d: int) -> None:
+        ahead = d + self.plan.depth
+        self.out(f"if (base + {ahead} < last) {{")
+        self._load(d, ahead)
         self.out("}")
 
-    def _loop(self) -> None:
-        self.out(f"for (int base = first; base < last; base += {self.plan.depth}) {{")
-        for d in range(self.plan.depth):
-            chunk = f"base + {d}"
-            self.out("{" if d == 0 or self._even else f"if ({chunk} < last) {{")
-            self._chunk(d, chunk)
+    def _loop(self, pointers: list[tuple[str, int]]) -> None:
+        depth = self.plan.depth
+        self.out(f"for (; base < last; base += {depth}) {{")
+        for d in range(depth):
+            self.out("{" if d == 0 or self._even else f"if (base + {d} < last) {{")
+            self._chunk(d)
             self.out("}")
-        self.out("}")
+        self.out(*(f"{name} += {depth * step};" for name, step in pointers), "}")
 
     @property
     def _even(self) -> bool:
@@ -120,28 +141,29 @@ class Products(ABC, Generic[AnyPlan]):
         chunks = self.units // self.plan.slices * (self.layout.unit // self.layout.chunk)
         return self.units % self.plan.slices == 0 and chunks % self.plan.depth == 0
 
-    def _words(self, target: str, first: int, count: int, source: str, how: str) -> None:
+    def _words(self, target: str, first: int, count: int, source: str, how: str, guard: str = "") -> None:
         """Load words into places of an array."""
         if count == 1:
-            self.out(f"{target}[{first}] = go_{how}1({source});")
+            self.out(f"{guard}{target}[{first}] = go_{how}1({source});")
             return
         parts = " ".join(f"{target}[{first + i}] = v.{'xyzw'[i]};" for i in range(count))
-        self.out(f"{{ u32x{count} v = go_{how}{count}({source}); {parts} }}")
+        self.out(f"{guard}{{ u32x{count} v = go_{how}{count}({source}); {parts} }}")
 
     def _read_row(self, target: str, row: str, start: str, count: int, size: int) -> None:
         """Read `count` inputs of `size` bytes into words, by the widest loads that all rows allow, none beyond the row.
 
-        `row`: the address of the first, which is input `start`.
+        `row`: the address of the first, which is input `start`. What is beyond the row is 0: times the code that stands
+        for zero anything else could be NaN.
         """
-        k, padded = self.plan.k, self.layout.padded_k
+        guarded = self.layout.padded_k != self.plan.k
+        self.out(f"u32 {target}[{count * size // 4}]{' = {}' if guarded or self.plan.k % (4 // size) else ''};")
+        k = self.plan.k
         each = 4 // size  # inputs of a word
         width = next(width for width in (16, 8, 4, 2, 1) if k % width == 0 and width <= min(count, 4 * each))
         for first in range(0, count, width):
-            guard = f"if ({start} + {first} < {k}) " if padded != k else ""
+            guard = f"if ({start} + {first} < {k}) " if guarded else ""
             if width >= each:
-                self.out(*([f"{guard}{{"] if guard else ["{"]))
-                self._words(target, first // each, width // each, f"(const u32*)({row} + {first})", "load")
-                self.out("}")
+                self._words(target, first // each, width // each, f"(const u32*)({row} + {first})", "load", guard)
                 continue
             load = "go_load_u16" if width * size == 2 else "go_load_u8"
             pointer = "u16" if width * size == 2 else "u8"
