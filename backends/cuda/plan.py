@@ -196,7 +196,7 @@ class RowPlan:
         x = x / √(mean(x²) + eps)            norm "rms"; "layer" takes the mean off before
         x = affine(x, v0, …)
         x = x · Q                            blocks of `block`, a power of two; Q as in `graphopt::hadamard`, no small matrix
-        codes, scale[, zero_point] = x       output "int8": the middle code is zero; "uint8": with zero points
+        codes, scale[, zero_point] = x       output "int8" or "uint8"; without zero points for int8 only
         y = x                                output "half"
 
     with the arithmetic of `graphopt::dynamic_scale` and `graphopt::quantize` by token.
@@ -206,7 +206,7 @@ class RowPlan:
         prologue: of in0, in1, … like x, and vectors v0, v1, … of n. affine: of x and vectors.
         keep: whether the prologue's value is written too. norm, eps: see above.
         block: of the rotation; 0: none. signs: whether Q has them. transpose: times Qᵀ.
-        output: see above.
+        output, zero_points: see above.
         per_thread: elements of a thread. Rotations take 8, 16, 32 or 64, which decides how often threads exchange them.
     """
 
@@ -223,6 +223,7 @@ class RowPlan:
     signs: bool = False
     transpose: bool = False
     output: Literal["half", "int8", "uint8"] = "half"
+    zero_points: bool = False
     per_thread: Annotated[int, Field(ge=1, le=64)] = 8
 
     def __post_init__(self) -> None:
@@ -232,6 +233,8 @@ class RowPlan:
                     raise ValueError(f"{text} reads {each}, which a row does not have there")
         if not math.isfinite(self.eps) or self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be a number, and not negative")
+        if self.zero_points != (self.output == "uint8") and not (self.zero_points and self.output == "int8"):
+            raise ValueError(f"rows of {self.output} {'have no' if self.output == 'half' else 'need'} zero points")
         if self.per_thread % self.width:
             raise ValueError(f"{self.per_thread} elements of a thread are no whole loads of {self.width}")
         if self.block:
@@ -316,7 +319,7 @@ class Int8Plan(_Product):
 
     Attributes:
         n, k: outputs and inputs. dtype: of y, of scales of tokens, and of what the epilogue reads.
-        zero_points: x is unsigned, with a zero point for each scale; else signed, without.
+        signed: whether codes of x are. zero_points: whether there is one, a code of the same type, for each scale.
         by_token: a scale for each token; else one for all.
         columns: tokens in eights that a warp computes. rows: tiles of 16 outputs.
         row_warps, column_warps, k_warps, k_blocks: see `emit/products.py`. depth: chunks of weights on their way.
@@ -330,6 +333,7 @@ class Int8Plan(_Product):
     n: Annotated[int, Field(ge=1)]
     k: Annotated[int, Field(ge=1)]
     dtype: Float16 = "float16"
+    signed: bool = True
     zero_points: bool = False
     by_token: bool = True
     columns: Literal[1, 2, 4, 8] = 1
@@ -344,6 +348,8 @@ class Int8Plan(_Product):
     def __post_init__(self) -> None:
         if self.k >= 1 << 16:
             raise ValueError(f"sums of {self.k} products of bytes may be more than 32 bits hold")
+        if not self.signed and not self.zero_points:
+            raise ValueError("unsigned codes need zero points")
         self._check_product({"acc"})
 
     @property

@@ -139,11 +139,11 @@ def int8(
     scale: NDArray[np.float32],
     inputs: Mapping[str, U16] | None = None,
 ) -> U16:
-    """Return y [m, n] as bits; x [m, k] are bytes, signed ones by their bits; scales and zero points [m], or [1]."""
-    whole = x.view(np.int8).astype(np.int64) if x_zero_point is None else x.astype(np.int64) - 128
-    total = whole @ codes.astype(np.int64).T
+    """Return y [m, n] as bits; x [m, k] and zero points are bytes, signed ones by their bits; [m] or [1] scales."""
+    type = np.int8 if plan.signed else np.uint8
+    total = x.view(type).astype(np.int64) @ codes.astype(np.int64).T
     if x_zero_point is not None:
-        total -= (x_zero_point.astype(np.int64) - 128)[:, None] * codes.sum(axis=1, dtype=np.int64)
+        total -= x_zero_point.view(type).astype(np.int64)[:, None] * codes.sum(axis=1, dtype=np.int64)
     by_token = arithmetic.mul(total.astype(np.float32), arithmetic.widened(x_scale, plan.dtype)[:, None])
     return _finished(plan, arithmetic.mul(by_token, scale), inputs or {})
 
@@ -233,7 +233,8 @@ def _rotated(plan: RowPlan, x: F32, signs: NDArray[np.bool_] | None) -> F32:
 
 
 def _quantized(plan: RowPlan, x: F32) -> dict[str, NDArray[Any]]:
-    if plan.output == "int8":
+    least, most = (-128, 127) if plan.output == "int8" else (0, 255)
+    if not plan.zero_points:
         sizes = arithmetic.absolute(x).view(np.uint32).max(axis=1, keepdims=True)
         step = arithmetic.div(sizes.view(np.float32), np.float32(127))
         step = np.where(step < np.finfo(np.float32).tiny, np.float32(1), step)
@@ -246,13 +247,13 @@ def _quantized(plan: RowPlan, x: F32) -> dict[str, NDArray[Any]]:
         step = arithmetic.div(arithmetic.sub(high, low), np.float32(255))
     scale = arithmetic.narrowed(step, plan.dtype)
     step = arithmetic.widened(scale, plan.dtype)
-    if plan.output == "uint8":
+    if plan.zero_points:
         step = np.where(step == 0, np.float32(1), step)
         scale = arithmetic.narrowed(step, plan.dtype)
     steps = arithmetic.to_int(arithmetic.div_by(x, step, arithmetic.div(np.float32(1), step)))
-    if plan.output == "int8":
-        codes = steps.clip(-128, 127).astype(np.int8).view(np.uint8)
-        return {"codes": codes, "scale": scale[:, 0]}
-    zero = arithmetic.to_int(arithmetic.sub(np.float32(0), arithmetic.div(low, step))).clip(0, 255)
-    codes = (steps.clip(-512, 512) + zero).clip(0, 255).astype(np.uint8)
-    return {"codes": codes, "scale": scale[:, 0], "zero_point": zero[:, 0].astype(np.uint8)}
+    written: dict[str, NDArray[Any]] = {"scale": scale[:, 0]}
+    if plan.zero_points:
+        zero = arithmetic.to_int(arithmetic.sub(np.float32(least), arithmetic.div(low, step))).clip(least, most)
+        steps = steps.clip(-512, 512) + zero
+        written["zero_point"] = zero[:, 0].astype(np.int16).astype(np.uint8)
+    return {**written, "codes": steps.clip(least, most).astype(np.int16).astype(np.uint8)}

@@ -49,7 +49,7 @@ class _Body(Products[Int8Plan]):
         self._load_next(d)
         for c in range(plan.columns):
             self._read_row(f"b{c}", f"x{c} + {64 * d}", f"(base + {d}) * 64 + 16 * t", 16, 1)
-            if plan.zero_points:
+            if not plan.signed:
                 self.out(*(f"b{c}[{i}] ^= 0x80808080u;" for i in range(4)))
             for step in range(2):
                 for r in range(plan.rows):
@@ -66,7 +66,8 @@ class _Body(Products[Int8Plan]):
         at = "token" if self.plan.by_token else "0"
         lines = [f"const float token_scale = go_of_{self.letter}(go_load_u16(x_scale + {at}));"]
         if self.plan.zero_points:
-            lines.append(f"const int zero = (int)go_load_u8(x_zero_point + {at}) - 128;")
+            zero = f"go_load_u8(x_zero_point + {at})"
+            lines.append(f"const int zero = {f'(int)(s8){zero}' if self.plan.signed else f'(int){zero} - 128'};")
         return lines
 
     def _sum(self, i: str, half: int) -> str:

@@ -30,7 +30,7 @@ def _parameters(plan: RowPlan) -> list[Parameter]:
         found.append(Parameter("y", "u16", written=True))
     else:
         found += [Parameter("codes", "u8", written=True), Parameter("scale", "u16", written=True)]
-    if plan.output == "uint8":
+    if plan.zero_points:
         found.append(Parameter("zero_point", "u8", written=True))
     return found
 
@@ -238,7 +238,8 @@ class _Body:
     def _quantize(self) -> None:
         """As `dynamic_scale` and `quantize` do: the range in float32, the scale rounded to halves, a true division."""
         plan, letter = self.plan, self.letter
-        if plan.output == "int8":
+        least, most = (-128, 127) if plan.output == "int8" else (0, 255)
+        if not plan.zero_points:
             self.out("u32 largest = 0u;")  # as bits, where NaN is larger than everything
             self._each("const u32 size = go_bits(go_abs(x[r][e]));", "largest = size > largest ? size : largest;")
             self._over_row("largest", "u32", "a > b ? a : b")
@@ -253,17 +254,17 @@ class _Body:
             self._over_row("high", "float", "go_max(a, b)")
             self.out(f"float step = go_of_{letter}(go_to_{letter}(go_div(go_sub(high, low), 255.0f)));")
             self.out("step = step == 0.0f ? 1.0f : step;")
-            self.out("const int zero = go_clamp(go_to_int(go_sub(0.0f, go_div(low, step))), 0, 255);")
+            start = f"go_sub({literal(least)}, go_div(low, step))"
+            self.out(f"const int zero = go_clamp(go_to_int({start}), {least}, {most});")
         self.out("const float inverse = go_div(1.0f, step);")
-        low, high, offset = (-128, 127, "") if plan.output == "int8" else (0, 255, " + zero")
         steps = "go_to_int(go_div_by(x[r][{}], step, inverse))"
-        if offset:
-            steps = f"go_clamp({steps}, -512, 512){offset}"  # no overflow where the scale is too small for x
-        code = f"(u32)go_clamp({steps}, {low}, {high}) & 0xffu"
+        if plan.zero_points:
+            steps = f"go_clamp({steps}, -512, 512) + zero"  # no overflow where the scale is too small for x
+        code = f"(u32)go_clamp({steps}, {least}, {most}) & 0xffu"
         self._runs(*self._code_words(code))
         scale = f"go_store_u16(scale + go_block(), go_to_{letter}(step));"
         self.out("if (thread == 0) {", scale)
-        if plan.output == "uint8":
+        if plan.zero_points:
             self.out("go_store_u8(zero_point + go_block(), (u32)zero);")
         self.out("}")
 
