@@ -96,6 +96,20 @@ class Result:
         make_pass("retype_floats").run(program, Context(self.target))
         return program
 
+    def compile(self, backend_name: str = "cuda", **options: Any) -> Any:
+        """Return a callable that runs the program by a backend's own kernels, in the place of the model.
+
+        `options` are the backend's; of "cuda": `dtype`, `device`, `graphs` (see `CudaBackend.compile`). Raises
+        GraphoptError where there is no such backend, or it only writes files.
+        """
+        chosen = backend(backend_name)
+        if not hasattr(chosen, "compile"):
+            raise GraphoptError(f"the backend {backend_name!r} writes files; use result.export(path)")
+        try:
+            return chosen.compile(self.program, **options)
+        except TypeError as error:
+            raise GraphoptError(f"the backend {backend_name!r} does not take these options: {error}") from error
+
     def explain(
         self,
         calibration: Iterable[Any] | None = None,

@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from graphopt.backends.cuda import arithmetic
 from graphopt.backends.cuda.arithmetic import F32, Float16
@@ -59,6 +62,15 @@ def names(text: str) -> list[str]:
     return list(dict.fromkeys(node.id for node in sorted(found, key=lambda node: node.col_offset)))
 
 
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """Return the expression with names replaced by other expressions."""
+
+    def leaf(value: Any) -> str:
+        return names.get(value, value) if isinstance(value, str) else repr(value)
+
+    return _folded(parsed(text), leaf, lambda name, args: f"{name}({', '.join(args)})")
+
+
 def emitted(text: str, leaves: Mapping[str, str], dtype: Float16) -> str:
     """Return the expression in the dialect; `leaves` are the texts that stand for names."""
     letter = "h" if dtype == "float16" else "b"
@@ -86,6 +98,40 @@ def evaluated(text: str, values: Mapping[str, F32], dtype: Float16) -> F32:
         return arithmetic.FUNCTIONS[name](*args)
 
     return _folded(parsed(text), leaf, call)
+
+
+def computed(text: str, values: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the expression's values by torch, in float32; `dtype`: what `round` rounds to."""
+
+    def leaf(value: Any) -> Tensor:
+        return values[value] if isinstance(value, str) else torch.tensor(value, dtype=torch.float32)
+
+    def call(name: str, args: list[Tensor]) -> Tensor:
+        return args[0].to(dtype).to(torch.float32) if name == "round" else _IN_TORCH[name](*args)
+
+    return _folded(parsed(text), leaf, call)
+
+
+_IN_TORCH: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "fma": lambda a, b, c: a * b + c,
+    "sqrt": torch.sqrt,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "erf": torch.erf,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda a: functional.gelu(a, approximate="tanh"),
+}
 
 
 def _folded(

@@ -55,6 +55,24 @@ def _by_tile(values: NDArray[Any], tiles: int) -> NDArray[Any]:
     return np.ascontiguousarray(rows.reshape(tiles, 2, 8, -1).transpose(0, 3, 2, 1))
 
 
+def unpack_linear(
+    plan: LinearPlan | DequantizePlan,
+    weights: NDArray[np.uint32],
+    scales: NDArray[np.uint32],
+    zeros: NDArray[np.uint16] | None,
+) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any] | None]:
+    """Return codes [n, padded_k], scale and zero point [n, groups] of what `pack_linear` gave."""
+    layout = plan.layout
+    scale = _by_row(scales.view(plan.scale_dtype), plan).astype(np.float32)
+    return layout.unpack(weights), scale, None if zeros is None else _by_row(zeros.view(np.uint8), plan)
+
+
+def _by_row(values: NDArray[Any], plan: LinearPlan | DequantizePlan) -> NDArray[Any]:
+    """Inverse of `_by_tile`."""
+    shaped = values.reshape(plan.layout.tiles, plan.groups, 8, 2)
+    return shaped.transpose(0, 3, 2, 1).reshape(-1, plan.groups)[: plan.n]
+
+
 def paired_rows(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
     """Return rows of two matrices in eights, alternately, as a paired plan takes them."""
     eights = [each.reshape(-1, 8, *each.shape[1:]) for each in (first, second)]

@@ -97,13 +97,13 @@ class _Product:
         blocks, _ = self.grid(tokens)
         return self.k_blocks * blocks * self.threads // self.k_warps * self.fragment, blocks
 
-    def _check_product(self, names_of_sums: set[str]) -> None:
+    def _check_product(self, sums: set[str]) -> None:
         if self.threads > MOST_THREADS:
             raise ValueError(f"{self.threads} threads are too many for a block")
         if self.shared_bytes > SHARED_BYTES:
             raise ValueError(f"the slices of a block take {self.shared_bytes} bytes of shared memory to add up")
-        known = names_of_sums | {name.replace("acc", "bias") for name in names_of_sums}
-        if strange := [each for each in names(self.epilogue) if each not in known and not _is_input(each)]:
+        known = [each for each in names(self.epilogue) if each in sums or _is_input(each) or is_vector(each)]
+        if strange := [each for each in names(self.epilogue) if each not in known]:
             raise ValueError(f"the epilogue reads {strange[0]}, which a linear does not have")
 
 
@@ -149,7 +149,7 @@ class LinearPlan(_Codes, _Product):
         row_warps, k_warps, k_blocks: see above. depth: chunks of weights that are on their way at a time.
         paired: rows come in eights, alternately of two matrices: `acc` is of the first, `acc2` of the second, and y has
             n/2 columns.
-        epilogue: of each output; reads acc (and acc2), bias (bias2), vectors of y's columns, and in0, in1, …, like y.
+        epilogue: of each output; reads acc (and acc2), v0, v1, …, vectors of y's columns, and in0, in1, …, like y.
     """
 
     kind: ClassVar[str] = "linear"
@@ -184,7 +184,8 @@ def _is_input(name: str) -> bool:
     return name.startswith("in") and name[2:].isdecimal()
 
 
-def _is_vector(name: str) -> bool:
+def is_vector(name: str) -> bool:
+    """True for a name in an expression that stands for a vector: v0, v1, …"""
     return name.startswith("v") and name[1:].isdecimal()
 
 
@@ -229,7 +230,7 @@ class RowPlan:
     def __post_init__(self) -> None:
         for text, own in ((self.prologue, False), (self.affine, True)):
             for each in names(text):
-                if not (_is_vector(each) or (each == "x" if own else _is_input(each))):
+                if not (is_vector(each) or (each == "x" if own else _is_input(each))):
                     raise ValueError(f"{text} reads {each}, which a row does not have there")
         if not math.isfinite(self.eps) or self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be a number, and not negative")

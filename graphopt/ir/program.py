@@ -157,9 +157,13 @@ class Program:
         Raises GraphoptError where the call has another structure than the captured one, or another value where a value
         that is no tensor became part of the program.
         """
+        return pytree.tree_unflatten(self.run(self.flattened(args, kwargs)), self.signature.out_spec)
+
+    def flattened(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the flat inputs of a call; GraphoptError where it does not fit what was captured."""
         flat = self.signature.flatten(args, kwargs)
         self._check_constants(flat)
-        return pytree.tree_unflatten(self.run(flat), self.signature.out_spec)
+        return flat
 
     def _check_constants(self, flat: list[Any]) -> None:
         for name, node, given in zip(self.signature.inputs, self.placeholders, flat, strict=True):

@@ -15,9 +15,9 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
 
 from graphopt.backends.cuda.emit.kernel import Parameter, Writer
-from graphopt.backends.cuda.expressions import emitted, names
+from graphopt.backends.cuda.expressions import emitted
 from graphopt.backends.cuda.layouts import TILE
-from graphopt.backends.cuda.plan import Int8Plan, LinearPlan
+from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, is_vector
 
 AnyPlan = TypeVar("AnyPlan", LinearPlan, Int8Plan)
 
@@ -227,16 +227,16 @@ class Products(ABC, Generic[AnyPlan]):
             self.out(f"const u64 at = (u64)token * {plan.outputs} + n;", *self._of_token())
             leaves = {"acc": self._sum("i", half), "acc2": self._sum("i", 1)}
             for name in plan.inputs:
-                vector = name.startswith("bias")
-                leaves[name] = f"v_{name}" if vector else f"go_of_{self.letter}(go_load_u16({name} + at))"
+                read = f"go_of_{self.letter}(go_load_u16({name} + at))"
+                leaves[name] = f"{name}_n" if is_vector(name) else read
             value = emitted(plan.epilogue, leaves, plan.dtype)
             self.out(f"go_store_u16(y + at, go_to_{self.letter}({value}));", "}", "}", "}", "}")
         self.out("}")
 
     def _of_output(self, half: int) -> list[str]:
         """Return lines that read what all tokens of output n need."""
-        vectors = [name for name in names(self.plan.epilogue) if name.startswith("bias")]
-        return [f"const float v_{name} = go_of_{self.letter}(go_load_u16({name} + n));" for name in vectors]
+        vectors = [name for name in self.plan.inputs if is_vector(name)]
+        return [f"const float {name}_n = go_of_{self.letter}(go_load_u16({name} + n));" for name in vectors]
 
     def _of_token(self) -> list[str]:
         """Return lines that read what token `token` needs."""

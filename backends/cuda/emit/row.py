@@ -12,7 +12,7 @@ import math
 
 from graphopt.backends.cuda.emit.kernel import Parameter, Writer
 from graphopt.backends.cuda.expressions import emitted, literal, names
-from graphopt.backends.cuda.plan import RowPlan
+from graphopt.backends.cuda.plan import RowPlan, is_vector
 
 
 def row(plan: RowPlan) -> tuple[list[Parameter], str]:
@@ -119,7 +119,7 @@ class _Body:
 
     def _read(self, name: str) -> list[str]:
         """Return lines that load a run of an input's halves as words."""
-        place = "at" if name.startswith("v") else "row + at"
+        place = "at" if is_vector(name) else "row + at"
         width = self.plan.width
         if width == 1:
             return [f"const u32 {name}_w[1] = {{go_load_u16({name} + {place})}};"]

@@ -1,0 +1,242 @@
+"""Kernels on a GPU: machine code loaded once, launched on torch's current stream.
+
+A launch allocates its result by torch's allocator and nothing else, and waits for nothing, so that it can be captured
+in a CUDA graph; machine code and workspaces of a plan are made at its first call, which must come before the capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphopt.backends.cuda import nvrtc, reference
+from graphopt.backends.cuda.emit import emit
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan, is_vector
+from graphopt.backends.cuda.schedule import MOST_TOKENS, chosen, gpu_of
+from graphopt.errors import GraphoptError, first_line
+
+_LEAST = (8, 0)  # products of bfloat16s and asynchronous fences
+_ALIGNED = 16  # bytes of the widest load
+_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@functools.cache
+def unsupported(index: int) -> str:
+    """Return why kernels cannot run on a GPU, or an empty string; the smallest kernel is built and run to know."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _LEAST:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; "
+            f"the kernels need {_LEAST[0]}.{_LEAST[1]}"
+        )
+    x = torch.arange(8, dtype=torch.float16, device=f"cuda:{index}").reshape(1, 8)
+    try:
+        (y,) = rows(RowPlan(8, prologue="add(in0, in0)"), [x], None)
+        same = bool((y == 2 * x).all())
+    except GraphoptError as error:
+        return str(error)
+    except Exception as error:  # of the driver, in whatever type cuda.core gives it
+        return f"the GPU's driver does not run kernels of this NVRTC: {first_line(error)}; update the driver"
+    return "" if same else "the smallest kernel gives something else on this GPU than it should"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A kernel in a GPU's memory."""
+
+    kernel: Any
+    threads: int
+    parameters: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(plan: Plan, index: int) -> _Loaded:
+    core = _core()
+    major, minor = torch.cuda.get_device_capability(index)
+    kernel = emit(plan)
+    device = core.Device(index)
+    device.set_current()
+    code = core.ObjectCode.from_cubin(nvrtc.cubin(kernel, f"{major}{minor}").cubin)
+    return _Loaded(code.get_kernel(kernel.name), kernel.threads, tuple(each.name for each in kernel.parameters))
+
+
+def _core() -> Any:
+    try:
+        import cuda.core as core
+    except ImportError as error:
+        raise GraphoptError("kernels are launched by cuda-core, which is not installed; pip install 'graphopt[cuda]'") from error
+    return core
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int], threads: int) -> Any:
+    return _core().LaunchConfig(grid=grid, block=threads)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    core = _core()
+    return core.Stream.from_handle(handle) if handle else core.LEGACY_DEFAULT_STREAM
+
+
+def launch(plan: Plan, grid: tuple[int, int], arguments: dict[str, Tensor | int], device: torch.device) -> None:
+    """Launch a plan's kernel on the current stream of a device, with arguments by the names of its parameters."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    loaded = _loaded(plan, index)
+    values = [
+        ctypes.c_int(value) if isinstance(value, int) else value.data_ptr()
+        for value in (arguments[name] for name in loaded.parameters)
+    ]
+    with torch.cuda.device(index):
+        stream = _stream(torch.cuda.current_stream(index).cuda_stream)
+        _core().launch(stream, _config(grid, loaded.threads), loaded.kernel, *values)
+
+
+def _ready(x: Tensor, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor as kernels read it: dense, aligned; GraphoptError where its type is another."""
+    if dtype is not None and x.dtype != dtype:
+        raise GraphoptError(f"{what} is {x.dtype}; the kernel was generated for {dtype}")
+    dense = x.contiguous()
+    return dense if dense.data_ptr() % _ALIGNED == 0 else dense.clone()
+
+
+@functools.lru_cache(maxsize=256)
+def _workspace(words: int, blocks: int, index: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Return `partial` and `tickets` for launches of one stream, which come one after the other."""
+    device = f"cuda:{index}"
+    partial = torch.empty(words, dtype=torch.int32, device=device)
+    return partial, torch.zeros(blocks, dtype=torch.int32, device=device)
+
+
+def _with_workspace(plan: LinearPlan | Int8Plan, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    words, blocks = plan.workspace(tokens)
+    if not words:
+        return {}
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    partial, tickets = _workspace(words, blocks, index, torch.cuda.current_stream(index).cuda_stream)
+    return {"partial": partial, "tickets": tickets}
+
+
+def _operands(plan: LinearPlan | Int8Plan, inputs: Sequence[Tensor], tokens: int) -> dict[str, Tensor]:
+    """Return what the epilogue reads, dense and of the right sizes."""
+    found = {}
+    for name, value in zip(plan.inputs, inputs, strict=True):
+        wanted = plan.outputs if is_vector(name) else tokens * plan.outputs
+        if value.numel() != wanted:
+            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {wanted} elements")
+        found[name] = _ready(value, name, _TYPES[plan.dtype])
+    return found
+
+
+def linear(
+    plan: LinearPlan, x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor]
+) -> Tensor:
+    """Return y [..., outputs] for x [..., k]; the schedule is chosen for the number of tokens."""
+    if x.shape[-1] != plan.k:
+        raise GraphoptError(f"the kernel reads rows of {plan.k}, not a tensor of shape {list(x.shape)}")
+    shape = [*x.shape[:-1], plan.outputs]
+    tokens = x.numel() // plan.k
+    if tokens == 0:
+        return x.new_empty(shape)
+    dense = _ready(x, "x", _TYPES[plan.dtype])
+    if tokens > MOST_TOKENS:
+        return _by_library(plan, dense.reshape(tokens, plan.k), weights, scales, zeros, inputs).reshape(shape)
+    best = chosen(plan, tokens, gpu_of(x.device.index or 0))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    arguments: dict[str, Tensor | int] = {"weights": weights, "scales": scales, "x": dense, "y": y, "tokens": tokens}
+    if zeros is not None:
+        arguments["zeros"] = zeros
+    arguments |= _operands(plan, inputs, tokens) | _with_workspace(best, tokens, x.device)
+    launch(best, best.grid(tokens), arguments, x.device)
+    return y
+
+
+def _by_library(
+    plan: LinearPlan, x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor]
+) -> Tensor:
+    """Dequantize the weights once, multiply by the library, and compute the epilogue by torch."""
+    matrix = torch.empty(plan.n, plan.k, dtype=x.dtype, device=x.device)
+    arguments: dict[str, Tensor | int] = {"weights": weights, "scales": scales, "y": matrix}
+    if zeros is not None:
+        arguments["zeros"] = zeros
+    own = DequantizePlan.of(plan)
+    launch(own, own.grid(), arguments, x.device)
+    product = functional.linear(x, matrix)
+    if plan.epilogue == "acc":
+        return product
+    sums = product.float()
+    both = sums.chunk(2, dim=-1) if plan.paired else (sums,)
+    named = dict(zip(("acc", "acc2"), both, strict=False))
+    shaped = [each if is_vector(name) else each.reshape(len(x), -1) for name, each in zip(plan.inputs, inputs, strict=True)]
+    return reference.finished(plan, named, shaped, x.dtype)
+
+
+def int8(
+    plan: Int8Plan,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weights: Tensor,
+    scales: Tensor,
+    row_sums: Tensor | None,
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    """Return y [..., n] for codes x [..., k]."""
+    if x.shape[-1] != plan.k:
+        raise GraphoptError(f"the kernel reads rows of {plan.k}, not a tensor of shape {list(x.shape)}")
+    tokens = x.numel() // plan.k
+    y = torch.empty([*x.shape[:-1], plan.n], dtype=x_scale.dtype, device=x.device)
+    if tokens == 0:
+        return y
+    dense = _ready(x, "x", torch.int8 if plan.signed else torch.uint8)
+    best = chosen(plan, tokens, gpu_of(x.device.index or 0))
+    arguments: dict[str, Tensor | int] = {
+        "weights": weights, "scales": scales, "x": dense, "x_scale": _ready(x_scale, "x_scale", _TYPES[plan.dtype]),
+        "y": y, "tokens": tokens,
+    }  # fmt: skip
+    if x_zero_point is not None and row_sums is not None:
+        arguments |= {"x_zero_point": _ready(x_zero_point, "x_zero_point"), "row_sums": row_sums}
+    arguments |= _operands(plan, inputs, tokens) | _with_workspace(best, tokens, x.device)
+    launch(best, best.grid(tokens), arguments, x.device)
+    return y
+
+
+def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[Tensor]:
+    """Return what the kernel writes, in the order of its parameters."""
+    x = inputs[0]
+    if x.shape[-1] != plan.n:
+        raise GraphoptError(f"the kernel reads rows of {plan.n}, not a tensor of shape {list(x.shape)}")
+    tokens = x.numel() // plan.n
+    arguments: dict[str, Tensor | int] = {}
+    for name, value in zip(plan.inputs, inputs, strict=True):
+        wanted = plan.n if is_vector(name) else tokens * plan.n
+        if value.numel() != wanted:
+            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {wanted} elements")
+        arguments[name] = _ready(value, name, _TYPES[plan.dtype])
+    if signs is not None:
+        arguments["signs"] = signs
+    written = _results(plan, x)
+    if tokens:
+        launch(plan, (tokens, 1), arguments | written, x.device)
+    return list(written.values())
+
+
+def _results(plan: RowPlan, x: Tensor) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    if plan.keep:
+        made["kept"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if plan.output == "half":
+        return {**made, "y": torch.empty(x.shape, dtype=x.dtype, device=x.device)}
+    storage = torch.int8 if plan.output == "int8" else torch.uint8
+    made["codes"] = torch.empty(x.shape, dtype=storage, device=x.device)
+    made["scale"] = torch.empty([*x.shape[:-1], 1], dtype=x.dtype, device=x.device)
+    if plan.zero_points:
+        made["zero_point"] = torch.empty([*x.shape[:-1], 1], dtype=storage, device=x.device)
+    return made
