@@ -59,12 +59,21 @@ class _Loaded:
 @functools.lru_cache(maxsize=4096)
 def _loaded(plan: Plan, index: int) -> _Loaded:
     core = _core()
-    major, minor = torch.cuda.get_device_capability(index)
     kernel = emit(plan)
     device = core.Device(index)
     device.set_current()
-    code = core.ObjectCode.from_cubin(nvrtc.cubin(kernel, f"{major}{minor}").cubin)
+    code = core.ObjectCode.from_cubin(nvrtc.cubin(kernel, _architecture(index)).cubin)
     return _Loaded(code.get_kernel(kernel.name), kernel.threads, tuple(each.name for each in kernel.parameters))
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{major}{minor}"
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _core() -> Any:
@@ -88,7 +97,7 @@ def _stream(handle: int) -> Any:
 
 def launch(plan: Plan, grid: tuple[int, int], arguments: dict[str, Tensor | int], device: torch.device) -> None:
     """Launch a plan's kernel on the current stream of a device, with arguments by the names of its parameters."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = _index(device)
     loaded = _loaded(plan, index)
     values = [
         ctypes.c_int(value) if isinstance(value, int) else value.data_ptr()
@@ -119,7 +128,7 @@ def _with_workspace(plan: LinearPlan | Int8Plan, tokens: int, device: torch.devi
     words, blocks = plan.workspace(tokens)
     if not words:
         return {}
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = _index(device)
     partial, tickets = _workspace(words, blocks, index, torch.cuda.current_stream(index).cuda_stream)
     return {"partial": partial, "tickets": tickets}
 
@@ -148,7 +157,7 @@ def linear(
     dense = _ready(x, "x", _TYPES[plan.dtype])
     if tokens > MOST_TOKENS:
         return _by_library(plan, dense.reshape(tokens, plan.k), weights, scales, zeros, inputs).reshape(shape)
-    best = chosen(plan, tokens, gpu_of(x.device.index or 0))
+    best = chosen(plan, tokens, gpu_of(_index(x.device)), _architecture(_index(x.device)))
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     arguments: dict[str, Tensor | int] = {"weights": weights, "scales": scales, "x": dense, "y": y, "tokens": tokens}
     if zeros is not None:
@@ -196,7 +205,7 @@ def int8(
     if tokens == 0:
         return y
     dense = _ready(x, "x", torch.int8 if plan.signed else torch.uint8)
-    best = chosen(plan, tokens, gpu_of(x.device.index or 0))
+    best = chosen(plan, tokens, gpu_of(_index(x.device)), _architecture(_index(x.device)))
     arguments: dict[str, Tensor | int] = {
         "weights": weights, "scales": scales, "x": dense, "x_scale": _ready(x_scale, "x_scale", _TYPES[plan.dtype]),
         "y": y, "tokens": tokens,

@@ -31,7 +31,7 @@ class _Product:
         outputs: columns of y. layout: of the weights, in tiles of 16 rows.
         rows: tiles that a warp computes. columns: tokens in eights that it computes.
         row_warps, column_warps, k_warps: of a block, along outputs, tokens and inputs. k_blocks: along the inputs.
-        epilogue: of each output. token_blocks: whether there may be more tokens than a block computes.
+        token_blocks: whether several blocks share the tokens. epilogue: of each output.
     """
 
     rows: Any
@@ -40,8 +40,8 @@ class _Product:
     column_warps: Any = 1
     k_warps: Any
     k_blocks: Any
+    token_blocks: bool
     epilogue: str
-    token_blocks: ClassVar[bool]
 
     @property
     def layout(self) -> Any:
@@ -145,7 +145,7 @@ class LinearPlan(_Codes, _Product):
         n, k: outputs and inputs. bits: of a code. group: inputs that share a scale; 0: all of a row.
         zero_points: whether each group has one; else the middle code, 2**(bits-1), stands for zero.
         dtype: of activations. scale_dtype: of scales, which are read as they are.
-        columns: tokens in eights. rows: tiles of 16 outputs that a warp computes.
+        columns: tokens in eights. rows: tiles of 16 outputs that a warp computes. token_blocks: for more tokens.
         row_warps, k_warps, k_blocks: see above. depth: chunks of weights that are on their way at a time.
         paired: rows come in eights, alternately of two matrices: `acc` is of the first, `acc2` of the second, and y has
             n/2 columns.
@@ -153,7 +153,6 @@ class LinearPlan(_Codes, _Product):
     """
 
     kind: ClassVar[str] = "linear"
-    token_blocks: ClassVar[bool] = False
 
     n: Annotated[int, Field(ge=1)]
     k: Annotated[int, Field(ge=1)]
@@ -168,6 +167,7 @@ class LinearPlan(_Codes, _Product):
     k_warps: Literal[1, 2, 4, 8, 16] = 4
     k_blocks: Annotated[int, Field(ge=1, le=64)] = 1
     depth: Literal[1, 2, 4, 8] = 2
+    token_blocks: bool = False
     paired: bool = False
     epilogue: str = "acc"
 
@@ -322,13 +322,12 @@ class Int8Plan(_Product):
         n, k: outputs and inputs. dtype: of y, of scales of tokens, and of what the epilogue reads.
         signed: whether codes of x are. zero_points: whether there is one, a code of the same type, for each scale.
         by_token: a scale for each token; else one for all.
-        columns: tokens in eights that a warp computes. rows: tiles of 16 outputs.
+        columns: tokens in eights that a warp computes. rows: tiles of 16 outputs. token_blocks: for more tokens.
         row_warps, column_warps, k_warps, k_blocks: see `emit/products.py`. depth: chunks of weights on their way.
         epilogue: as in `LinearPlan`.
     """
 
     kind: ClassVar[str] = "int8"
-    token_blocks: ClassVar[bool] = True
     paired: ClassVar[bool] = False
 
     n: Annotated[int, Field(ge=1)]
@@ -344,6 +343,7 @@ class Int8Plan(_Product):
     k_warps: Literal[1, 2, 4, 8, 16] = 4
     k_blocks: Annotated[int, Field(ge=1, le=64)] = 1
     depth: Literal[1, 2, 4, 8] = 2
+    token_blocks: bool = True
     epilogue: str = "acc"
 
     def __post_init__(self) -> None:

@@ -14,11 +14,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from graphopt.backends.cuda import cache
+from graphopt.backends.cuda import cache, nvrtc
+from graphopt.backends.cuda.emit import emit
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, plan_text
 from graphopt.files import write_text
 
@@ -30,7 +31,8 @@ _LATENCY_S = 8e-7  # from asking for a line to having it, loaded
 _FIXED_S = 2e-6
 _TICKET_S = 1.5e-6  # until the last block has read what the others wrote
 _INSTRUCTIONS = {2: 1.6, 3: 1.75, 4: 1.9, 8: 2.2}  # a weight, with one tile and up to eight tokens
-_REGISTERS = {2: 66, 3: 90, 4: 56, 8: 56}  # of a thread, before sums and what is on its way
+_BYTE_PRODUCTS = 4096 * 0.6  # of a processor, a clock, as far as mma.sync reaches
+_TRIED = 12  # schedules that are compiled in search of one without spills
 
 
 @dataclass(frozen=True)
@@ -71,32 +73,34 @@ def bucket(tokens: int) -> int:
 
 def candidates(plan: Product, tokens: int) -> list[Product]:
     """Return all schedules of a plan for some tokens, those aside that no block could run."""
-    columns = [each for each in (1, 2, 4, 8) if 8 * each >= tokens][:1] or [8]
+    whole = next((each for each in (1, 2, 4, 8) if 8 * each >= tokens), 8)
     fields: dict[str, Iterable[int]] = {
-        "columns": columns, "rows": (1, 2, 4), "row_warps": (1, 2, 4), "k_warps": (1, 2, 4, 8), "k_blocks": (1, 2, 4, 8),
-        "depth": (2, 4),
+        "columns": sorted({whole, min(whole, 4)}), "rows": (1, 2, 4), "row_warps": (1, 2, 4), "k_warps": (1, 2, 4, 8),
+        "k_blocks": (1, 2, 4, 8), "depth": (1, 2, 4),
     }  # fmt: skip
     if isinstance(plan, Int8Plan):
-        fields["columns"] = sorted({min(each, columns[0]) for each in (2, 4, 8)}) if tokens > 8 else columns
         fields["column_warps"] = (1, 2, 4) if tokens > 64 else (1,)
     found = []
     for values in itertools.product(*fields.values()):
         try:
-            each = replace(plan, **dict(zip(fields, values, strict=True)))
+            each = replace(plan, token_blocks=True, **dict(zip(fields, values, strict=True)))
+            each = replace(each, token_blocks=each.tokens_of_block < tokens)
         except ValueError:
             continue
         units = each.layout.padded_k // each.layout.unit
-        if each.slices <= units and registers(each) <= 255 and 64 <= each.threads <= 512:
+        if each.slices <= units and registers(each) <= min(255, 65536 // each.threads) and 64 <= each.threads <= 512:
             found.append(each)
-    return found or [plan]
+    return found or [replace(plan, token_blocks=True)]
 
 
 def registers(plan: LinearPlan | Int8Plan) -> int:
-    """Return about how many registers a thread takes."""
+    """Return about how many registers a thread takes: a fit to what ptxas gave for 96 plans, to ±30."""
+    ahead = plan.depth * plan.rows * plan.layout.words
     if isinstance(plan, Int8Plan):
-        return 40 + plan.fragment + plan.depth * plan.rows * 8 + plan.columns * 6
-    sums = plan.fragment * (2 if plan.group else 1)
-    return _REGISTERS[plan.bits] + sums + plan.depth * plan.rows * (plan.layout.words + 1) + plan.columns * 6
+        return 60 + plan.fragment + ahead + 4 * plan.columns
+    zeros = 16 * plan.zero_points
+    x = 0.6 * plan.columns * plan.layout.chunk / 8 + 4 * plan.depth * plan.columns
+    return int(50 + 1.2 * plan.fragment + 2.2 * ahead + x + zeros)
 
 
 def estimate(plan: LinearPlan | Int8Plan, tokens: int, gpu: Gpu = H200) -> float:
@@ -116,7 +120,10 @@ def estimate(plan: LinearPlan | Int8Plan, tokens: int, gpu: Gpu = H200) -> float
     starved = max(gpu.bandwidth / gpu.processors * _LATENCY_S / on_their_way, 1.0)
     each = 0.3 if isinstance(plan, Int8Plan) else _INSTRUCTIONS[plan.bits] - 0.4 + 0.4 / plan.rows
     each += (plan.columns - 1) * (0.2 + 0.25 / plan.rows)
-    issue = weights * each * (blocks / plan.blocks) / (gpu.processors * 128 * gpu.clock_hz)
+    times = blocks / plan.blocks  # that weights are read
+    issue = weights * each * times / (gpu.processors * 128 * gpu.clock_hz)
+    if isinstance(plan, Int8Plan):
+        issue = max(issue, weights * plan.tokens_of_block * times / (gpu.processors * _BYTE_PRODUCTS * gpu.clock_hz))
     return _FIXED_S + (_TICKET_S if k_blocks > 1 else 0) + max(moved / gpu.bandwidth * starved, issue) * tail
 
 
@@ -125,10 +132,21 @@ def ranked(plan: Product, tokens: int, gpu: Gpu = H200) -> list[Product]:
     return sorted(candidates(plan, tokens), key=lambda each: (estimate(each, tokens, gpu), plan_text(each)))
 
 
-@functools.lru_cache(maxsize=4096)
-def chosen(plan: Product, tokens: int, gpu: Gpu) -> Product:
+def fitting(options: Iterable[Product], architecture: str) -> Iterator[Product]:
+    """Yield the schedules whose kernels keep everything in registers."""
+    for each in options:
+        usage = nvrtc.cubin(emit(each), architecture).usage
+        if not usage.spill_bytes and usage.registers * each.threads <= 65536:
+            yield each
+
+
+def chosen(plan: Product, tokens: int, gpu: Gpu, architecture: str) -> Product:
     """Return the schedule to run a plan by: what was measured to be fastest on this GPU, else the model's choice."""
-    size = bucket(tokens)
+    return _chosen(plan, bucket(tokens), gpu, architecture)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(plan: Product, size: int, gpu: Gpu, architecture: str) -> Product:
     measured = _measured(gpu).get(_key(plan, size))
     options = ranked(plan, size, gpu)
     if measured:
@@ -136,32 +154,35 @@ def chosen(plan: Product, tokens: int, gpu: Gpu) -> Product:
         found = min((text for text in measured if text in by_text), key=lambda text: measured[text], default=None)
         if found is not None:
             return by_text[found]
-    return options[0]
+    return next(fitting(options[:_TRIED], architecture), options[0])
 
 
 def tune(
-    plan: Product, tokens: int, gpu: Gpu, measure: Callable[[Product], float], most: int = 12
+    plan: Product, tokens: int, gpu: Gpu, architecture: str, measure: Callable[[Product], float], most: int = 12
 ) -> tuple[Product, float]:
     """Measure the model's best candidates, keep their times, and return the fastest with its seconds.
 
     `measure` gives seconds, or infinity for a plan that does not run.
     """
     size = bucket(tokens)
-    times = {plan_text(each): measure(each) for each in ranked(plan, size, gpu)[:most]}
+    options = itertools.islice(fitting(ranked(plan, size, gpu)[: 2 * most], architecture), most)
+    times = {plan_text(each): measure(each) for each in options}
     kept = {text: time for text, time in times.items() if time < float("inf")}
     everything = _measured(gpu)
     everything[_key(plan, size)] = {**everything.get(_key(plan, size), {}), **kept}
     write_text(cache.folder() / _name(gpu), json.dumps(everything, indent=1, sort_keys=True))
     _measured.cache_clear()
-    chosen.cache_clear()
+    _chosen.cache_clear()
     best = min(times, key=lambda text: times[text])
     return next(each for each in candidates(plan, size) if plan_text(each) == best), times[best]
 
 
 def _key(plan: LinearPlan | Int8Plan, size: int) -> str:
     """Return what does not depend on the schedule."""
-    plain = {"columns": 1, "rows": 1, "row_warps": 1, "k_warps": 4, "k_blocks": 1, "depth": 2}
-    return f"{size} {plan_text(replace(plan, **plain, **({'column_warps': 1} if isinstance(plan, Int8Plan) else {})))}"
+    plain: dict[str, Any] = {"columns": 1, "rows": 1, "row_warps": 1, "k_warps": 4, "k_blocks": 1, "depth": 2}
+    if isinstance(plan, Int8Plan):
+        plain["column_warps"] = 1
+    return f"{size} {plan_text(replace(plan, token_blocks=True, **plain))}"
 
 
 def _name(gpu: Gpu) -> str:

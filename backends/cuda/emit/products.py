@@ -1,10 +1,10 @@
 """What kernels of matrix products have in common: who computes what, adding up slices, and the end of every output.
 
-    block (bx, by), warp w:  tiles of 16 outputs      ((bx mod row blocks)·row_warps + w mod row_warps)·rows + 0 … rows-1
-                             tokens in eights         ((bx div row blocks)·column_warps + …)·columns + 0 … columns-1
+    block (bx, by), warp w:  tiles of 16 outputs      ((bx div token blocks)·row_warps + w mod row_warps)·rows + 0 … rows-1
+                             tokens in eights         ((bx mod token blocks)·column_warps + …)·columns + 0 … columns-1
                              slice of the inputs      by·k_warps + w div (row_warps·column_warps)
 
-A lane keeps four sums of each tile and eight tokens: of outputs g and g + 8 for tokens 2t and 2t + 1. The slices of a
+Blocks that read the same weights are neighbours, so that the second finds them in the cache. A lane keeps four sums of each tile and eight tokens: of outputs g and g + 8 for tokens 2t and 2t + 1. The slices of a
 block meet in shared memory, those of several blocks in the workspace, where the block that comes last adds them; each
 time in their order, so that the same inputs give the same bits.
 """
@@ -83,12 +83,16 @@ class Products(ABC, Generic[AnyPlan]):
             "const int lane = go_thread() % 32, warp = go_thread() / 32;",
             "const int g = lane / 4, t = lane % 4;",
             f"const int row_warp = warp % {plan.row_warps}, k_warp = warp / {across}, place = warp % {across};",
-            f"const int tile0 = (go_block() % {plan.blocks} * {plan.row_warps} + row_warp) * {plan.rows};",
         )
-        column = "0"
-        if plan.column_warps > 1 or plan.token_blocks:
-            column = f"(go_block() / {plan.blocks} * {plan.column_warps} + place / {plan.row_warps}) * {8 * plan.columns}"
-        self.out(f"const int token0 = {column};", f"const int slice = go_block_y() * {plan.k_warps} + k_warp;")
+        row, column = "go_block()", f"place / {plan.row_warps}"
+        if plan.token_blocks:
+            self.out(f"const int along = (tokens + {plan.tokens_of_block - 1}) / {plan.tokens_of_block};")
+            row, column = "go_block() / along", f"go_block() % along * {plan.column_warps} + {column}"
+        self.out(
+            f"const int tile0 = (({row}) * {plan.row_warps} + row_warp) * {plan.rows};",
+            f"const int token0 = ({column}) * {8 * plan.columns};",
+        )
+        self.out(f"const int slice = go_block_y() * {plan.k_warps} + k_warp;")
         per_unit = layout.unit // layout.chunk
         self.out(
             f"const int first = {self.units} * slice / {plan.slices} * {per_unit};",
