@@ -192,7 +192,7 @@ class _Body:
         turned: set[int] = set()
         for i, held in enumerate(stages):
             if i:
-                self._exchange(stages[i - 1], held, first=i == 1)
+                self._exchange(stages[i - 1], held)
             for digit in held:
                 if digit not in turned:
                     self._butterflies(held.index(digit))
@@ -214,9 +214,8 @@ class _Body:
         self.out(f"float& low = x[e / 8][e % 8]; float& high = x[(e + {step}) / 8][e % 8 + {step % 8}];")
         self.out("const float a = low, b = high;", "low = go_add(a, b);", "high = go_sub(a, b);", "}")
 
-    def _exchange(self, before: tuple[int, ...], after: tuple[int, ...], first: bool) -> None:
-        if not first:
-            self.out("GO_SYNC();  // the elements of the exchange before are read")
+    def _exchange(self, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        # No barrier before: a thread writes where it alone read in the exchange before.
         self._pass(before, "GO_PUT(row_of, start + {at}, x[{r}][{e}]);")
         self.out("GO_SYNC();")
         self._pass(after, "x[{r}][{e}] = GO_GET(row_of, start + {at});")

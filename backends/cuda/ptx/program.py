@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>")
 _SHARED = re.compile(r"\.shared \.align \d+ \.(\w+) ([\w$]+)(?:\[(\d+)\])?")
-_PARAMETER = re.compile(r"\.param \.(\w+) (?:\.\w+ )*(\w+)")
+_PARAMETER = re.compile(r"\.param \.(\w+)(?: \.\w+(?: \d+)?)* (\w+)")
 _LABEL = re.compile(r"^(\$\w+):$")
 _INSTRUCTION = re.compile(r"^(?:@(!?)(%p\d+)\s+)?([\w.:]+)\s*(.*);$")
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
