@@ -23,9 +23,9 @@ from graphopt.backends.cuda.emit import Kernel, emit
 from graphopt.backends.cuda.plan import SHARED_BYTES, Int8Plan, LinearPlan, Plan, RowPlan
 from graphopt.backends.cuda.schedule import registers
 
-# Lane instructions that 132 processors at 1.98 GHz, which an H200 boosts to, issue while 4.3 TB/s bring one weight.
-BUDGETS = {2: 1.95, 3: 2.9, 4: 3.9, 8: 7.7}
-ROW_BUDGET = 21.0  # the same for an element of a row, read as a half and written as a byte
+_ISSUED = 132 * 128 * 1.98e9  # lane instructions a second of an H200 at the clock that it boosts to
+_COPIED = 4.3e12  # bytes a second that a copy reaches there
+ALLOWANCE = 1.0  # of the budget
 _MOST_REGISTERS = 255
 _INEXACT = re.compile(r"\.(approx|ftz)\b")
 
@@ -72,10 +72,15 @@ def _threads(plan: Plan) -> int:
 
 
 def _budget(plan: Plan) -> float | None:
-    """Budgets hold where the memory is to be the bound: for few tokens, and rows that are rotated or normalized."""
-    if isinstance(plan, LinearPlan) and plan.columns == 1:
-        return BUDGETS[plan.bits]
-    return None
+    """Return how many lane instructions the GPU issues while its memory brings one weight, its share of scales included.
+
+    For few tokens, where memory is to be the bound.
+    """
+    if not isinstance(plan, LinearPlan) or plan.columns > 1:
+        return None
+    of_group = (32 if plan.scale_dtype == "float32" else 16) + 8 * plan.zero_points
+    bits = plan.bits + of_group / (plan.group or plan.k)
+    return ALLOWANCE * _ISSUED * bits / 8 / _COPIED
 
 
 def _linted(kernel: Kernel, text: str) -> list[str]:

@@ -25,6 +25,7 @@
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -172,6 +173,9 @@ static void go_body() {
 static void go_start(go_fiber& fiber, char* stack) {
     fiber = go_fiber{};
     fiber.stack = stack;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, GO_STACK);  // the fiber that was here before never returned
+#endif
 #if defined(__x86_64__)
     void** top = (void**)(stack + GO_STACK);
     *--top = nullptr;  // where the caller's address would be: the stack is then aligned as at a call

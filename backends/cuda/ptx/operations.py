@@ -127,8 +127,8 @@ _INTEGERS: dict[str, Function] = {
 
 
 def _checked_float(name: str, op: tuple[str, ...]) -> Function:
-    if "approx" in op or "ftz" in op:
-        raise KeyError("approximations and flushed denormals have no exact meaning")
+    if set(op[1:-1]) - {"rn"}:
+        raise KeyError(op)  # approximations, flushed denormals and other roundings have no meaning here
     compute = _FLOATS[name]
     return lambda *sources: as_bits(compute(*(as_typed(each, "f32") for each in sources)))
 
@@ -214,6 +214,9 @@ def _shift(name: str, kind: str) -> Function:
 
 def _conversion(op: tuple[str, ...]) -> Function:
     target, source = op[-2], op[-1]
+    narrows = target in ("f16", "bf16", "f16x2", "bf16x2") or (target == "f32" and source[0] in "su")
+    if set(op[1:-2]) - ({"rn"} if narrows else {"rni"} if source == "f32" else set()):
+        raise KeyError(op)  # another rounding, saturation, …
     if target in ("f16x2", "bf16x2"):
         dtype: Float16 = "float16" if target == "f16x2" else "bfloat16"
 
@@ -226,8 +229,7 @@ def _conversion(op: tuple[str, ...]) -> Function:
         return lambda a: arithmetic.narrowed(as_typed(a, "f32"), "float16" if target == "f16" else "bfloat16")
     if (target, source) in (("f32", "f16"), ("f32", "bf16")):
         return lambda a: as_bits(arithmetic.widened(a, "float16" if source == "f16" else "bfloat16"))
-    if target == "s32" and source == "f32":
-        assert "rni" in op, op
+    if target == "s32" and source == "f32" and "rni" in op:
         return lambda a: as_bits(arithmetic.to_int(as_typed(a, "f32")))
     if target == "f32":
         return lambda a: as_bits(as_typed(a, source).astype(np.float32))
