@@ -13,7 +13,7 @@ the program did, up to roundings between the operators of a region, which are le
 from __future__ import annotations
 
 import operator as python_operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Weight:
     Attributes:
         codes: [n, k], from 0. bits: 2, 3, 4 or 8. group: inputs that share a scale; 0: all.
         scale: [n, groups]. zero_point: [n, groups], or None where the middle code stands for zero.
+        source: names of the tensors that it was read from.
     """
 
     codes: NDArray[np.uint8]
@@ -63,6 +64,7 @@ class Weight:
     group: int
     scale: NDArray[np.float32]
     zero_point: NDArray[np.uint8] | None
+    source: tuple[str, ...] = ()
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -114,7 +116,8 @@ def quantized_weight(program: Program, node: object) -> Weight | str:
     if not chunk_for(bits, group):
         return f"groups of {group} inputs fit no fragment of the tensor cores"
     middle = bool((shift == 1 << (bits - 1)).all())
-    return Weight(whole.astype(np.uint8), bits, group, by_row, None if middle else shift.astype(np.uint8))
+    source = tuple(str(each.target) for each in parts if each is not None)
+    return Weight(whole.astype(np.uint8), bits, group, by_row, None if middle else shift.astype(np.uint8), source)
 
 
 def _by_row(values: Tensor, codes: Tensor, axis: int, group: int) -> NDArray[np.float32] | None:
@@ -334,6 +337,7 @@ class _Linears:
                 paired_rows(both[0].scale, both[1].scale),
                 None if both[0].zero_point is None or both[1].zero_point is None
                 else paired_rows(both[0].zero_point, both[1].zero_point),
+                ("paired", *both[0].source, *both[1].source),
             )  # fmt: skip
         n, k = weight.codes.shape
         try:
@@ -377,24 +381,33 @@ class _Linears:
         name, origin, x = str(first.node.name), [first.node], self._now.get(first.x, first.x)
         if isinstance(plan, Int8Plan):
             codes = (weight.codes.astype(np.int16) - 128).astype(np.int8)
-            packed = self._packed(name, pack_int8(plan, codes, weight.scale[:, 0]))
+            packed = self._packed(
+                name, ("bytes", plan.zero_points, *weight.source), lambda: pack_int8(plan, codes, weight.scale[:, 0])
+            )
             return self.rewriter.insert(
                 operators.INT8_LINEAR, x, first.scale, first.zero_point, packed["weights"], packed["scales"],
                 packed.get("row_sums"), operands, plan_text(plan), before=before, origin=origin,
             )  # fmt: skip
-        packed = self._packed(name, pack_linear(plan, weight.codes, weight.scale, weight.zero_point))
+        packed = self._packed(
+            name, weight.source, lambda: pack_linear(plan, weight.codes, weight.scale, weight.zero_point)
+        )
         return self.rewriter.insert(
             operators.LINEAR, x, packed["weights"], packed["scales"], packed.get("zeros"), operands,
             plan_text(plan), before=before, origin=origin,
         )  # fmt: skip
 
-    def _packed(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, fx.Node]:
-        nodes = {}
-        for key, array in arrays.items():
-            # torch computes on signed integers; the kernels read bits.
-            words = torch.from_numpy(array.view(np.int32 if array.dtype.itemsize == 4 else np.int16))
-            nodes[key] = self.rewriter.weight(words, f"{name}_{key}", words.dtype)
-        return nodes
+    def _packed(
+        self, name: str, key: tuple[Any, ...], pack: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> dict[str, fx.Node]:
+        """Return nodes of packed arrays, one set for all linears of the same weights."""
+        if key not in self._packs:
+            nodes = {}
+            for part, array in pack().items():
+                # torch computes on signed integers; the kernels read bits.
+                words = torch.from_numpy(array.view(np.int32 if array.dtype.itemsize == 4 else np.int16))
+                nodes[part] = self.rewriter.weight(words, f"{name}_{part}", words.dtype)
+            self._packs[key] = nodes
+        return self._packs[key]
 
     def _split(self, together: list[_Linear], result: fx.Node) -> None:
         sizes = [len(each.weight.codes) for each in together]
@@ -425,6 +438,7 @@ def _stacked(weights: list[Weight]) -> Weight:
     zeros = [each.zero_point for each in weights]
     return replace(
         weights[0],
+        source=tuple(name for each in weights for name in each.source),
         codes=np.concatenate([each.codes for each in weights]),
         scale=np.concatenate([each.scale for each in weights]),
         zero_point=None if any(each is None for each in zeros) else np.concatenate(zeros),  # type: ignore[arg-type]
@@ -564,6 +578,10 @@ class _Row:
             current = self._rotation(current)
         if operator(current) in _NORMS and self._free(current):
             current = self._norm(current)
+        self._refusal = ""
+        if current is anchor:  # nothing of it can be done here
+            rotation = operator(anchor) == "graphopt.hadamard"
+            self._refusal = "the order of its rotation is no power of two" if rotation else "it normalizes over several axes"
         self._prologue(current)
 
     @property
@@ -572,6 +590,8 @@ class _Row:
 
     def plan(self) -> RowPlan | str:
         """Return the plan, or why there is none."""
+        if self._refusal:
+            return self._refusal
         val = self.operands["in0"].meta["val"]
         n = val.shape[-1] if val.dim() else None
         if not isinstance(n, int):
