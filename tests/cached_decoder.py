@@ -10,11 +10,13 @@ from torch.nn import functional
 class CachedDecoder(nn.Module):
     """Pre-norm blocks of grouped attention and a gated MLP; keys and values of past tokens come in and go out.
 
-    forward(token [b, 1], position [1], keys and values [layers, b, heads, length, head]) gives logits [b, 1, vocabulary]
-    and the caches with the new token at `position`.
+    forward(token [b, 1], position [1], keys and values [layers, b, heads, length, head]) gives logits [b, 1,
+    vocabulary] and the caches with the new token at `position`.
     """
 
-    def __init__(self, vocabulary: int = 97, width: int = 64, layers: int = 2, heads: int = 4, length: int = 16) -> None:
+    def __init__(
+        self, vocabulary: int = 97, width: int = 64, layers: int = 2, heads: int = 4, length: int = 16
+    ) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))

@@ -100,7 +100,8 @@ class Case:
         """Return arguments for a launch, and the arrays among them that it shall write, poisoned."""
         outputs = {name: np.full_like(each, _POISON[each.dtype.itemsize]) for name, each in self.wanted.items()}
         scratch = {
-            name: np.full(size, 0 if name == "tickets" else _POISON[4], np.uint32) for name, size in self.scratch.items()
+            name: np.full(size, 0 if name == "tickets" else _POISON[4], np.uint32)
+            for name, size in self.scratch.items()
         }
         return {**self.given, **outputs, **scratch}, outputs
 

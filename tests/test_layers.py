@@ -28,7 +28,7 @@ FRONT = ("graphopt.api", "graphopt.cli", "graphopt.demo")
 BELOW_IR = ("graphopt.errors", "graphopt.files", "graphopt.ir", "graphopt.quantization")
 
 # A distribution and the module that it is imported by, where the two differ.
-MODULE_OF = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+MODULE_OF = {"cuda-bindings": "cuda", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 # As class names spell them; lower and upper case follow. Common words (clip, phi, opt) are left out.
 ARCHITECTURES = """
@@ -135,7 +135,7 @@ def plain_imports(tree: Path) -> list[str]:
     ]
 
 
-HOME_OF_EXTRA = {"demo": "graphopt.demo", "ray": "graphopt.search.pool"}
+HOME_OF_EXTRA = {"cuda": "graphopt.backends.cuda", "demo": "graphopt.demo", "ray": "graphopt.search.pool"}
 
 
 def undeclared_imports(tree: Path) -> list[str]:

@@ -45,7 +45,7 @@ def _expected() -> set[str]:
         for parent, _, names in os.walk(ROOT / folder):
             relative = Path(parent).relative_to(ROOT)
             installed = relative if folder == "graphopt" else Path("graphopt") / relative
-            data = relative.parts[1:] in (("recipes",), ("report", "templates"))
+            data = relative.parts[1:] in (("recipes",), ("report", "templates"), ("cuda", "dialect"))
             files |= {
                 (installed / name).as_posix()
                 for name in names
@@ -101,7 +101,7 @@ def test_the_wheel_states_its_licence_command_and_entry_points(wheel: Path) -> N
     for entry in (
         "[console_scripts]\ngraphopt = graphopt.cli:main",
         "[graphopt.passes]\nbuiltin = graphopt.passes",
-        "[graphopt.backends]\nonnx = graphopt.backends.onnx",
+        "[graphopt.backends]\ncuda = graphopt.backends.cuda\nonnx = graphopt.backends.onnx",
     ):
         assert entry in texts["entry_points.txt"]
 

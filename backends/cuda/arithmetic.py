@@ -1,4 +1,4 @@
-"""Float arithmetic with one rounding an operation, in numpy: what the specification and the PTX interpreter compute with.
+"""Float arithmetic with one rounding an operation, in numpy, for the specification and the PTX interpreter.
 
 Halves and bfloat16s are kept as their bits, uint16; float32 as float32. The functions of `dialect/functions.h` stand
 here a second time, operation by operation, so that their bits are the same.
@@ -146,7 +146,7 @@ def div_by(a: Any, b: Any, inverse: Any) -> F32:
 
 def _chain(first: Any, x: Any, *rest: float) -> F32:
     """Return a polynomial by Horner's rule, one fused operation a coefficient."""
-    value = first
+    value = np.asarray(first, np.float32)
     for each in rest:
         value = fma(value, x, np.float32(each))
     return value

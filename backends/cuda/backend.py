@@ -114,7 +114,7 @@ def _moved(program: Program, place: torch.device) -> Program:
         return program
     moved = program.map_weights(lambda name, weight: weight.detach().to(place))
     for node in moved.graph.nodes:
-        change = fx.node.map_aggregate  # type: ignore[attr-defined]
+        change = fx.node.map_aggregate
         node.args = change(node.args, lambda each: place if isinstance(each, torch.device) else each)
         node.kwargs = change(node.kwargs, lambda each: place if isinstance(each, torch.device) else each)
     moved.graph_module.recompile()

@@ -1,12 +1,13 @@
 """Files that were compiled before, by the hash of everything that they were compiled from.
 
-They lie in $GRAPHOPT_CACHE, or `graphopt/cuda` under the user's folder for caches. A file is written beside its place and
-renamed, so that two processes that compile the same at once leave one whole file; whoever reads checks it and throws it
-away where it is not what was written.
+They lie in $GRAPHOPT_CACHE, or `graphopt/cuda` under the user's folder for caches. A file is written beside its place
+and renamed, so that two processes that compile the same at once leave one whole file; whoever reads checks it and
+throws it away where it is not what was written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -17,7 +18,9 @@ from pathlib import Path
 def folder() -> Path:
     """Return the folder of compiled files, made now where it can be; else a temporary one of this process."""
     base = os.environ.get("GRAPHOPT_CACHE")
-    place = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt" / "cuda"
+    place = (
+        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt" / "cuda"
+    )
     try:
         place.mkdir(parents=True, exist_ok=True)
         if os.access(place, os.W_OK):
@@ -60,10 +63,8 @@ def cached_bytes(name: str, make: Callable[[], bytes]) -> bytes:
     except OSError:
         pass
     content = make()
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written to is no reason to fail
         _made(path, lambda target: _write(target, content))
-    except OSError:  # a cache that cannot be written to is no reason to fail
-        pass
     return content
 
 

@@ -53,7 +53,9 @@ class Compiled:
         if not isinstance(value, Tensor):
             return value
         if value.device.type != self.device.type:
-            raise GraphoptError(f"an input is on {value.device}; move it to {self.device}, where the model is compiled for")
+            raise GraphoptError(
+                f"an input is on {value.device}; move it to {self.device}, where the model is compiled for"
+            )
         return value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
 
     def _output(self, i: int, value: Any) -> Any:
@@ -78,7 +80,7 @@ class _Graph:
 
     def __init__(self, run: Callable[[list[Any]], list[Any]], flat: list[Any]) -> None:
         self._inputs = [value.clone() if isinstance(value, Tensor) else value for value in flat]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM):
@@ -93,4 +95,4 @@ class _Graph:
             if isinstance(own, Tensor):
                 own.copy_(given)
         self._graph.replay()
-        return pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self._results)
+        return [value.clone() if isinstance(value, Tensor) else value for value in self._results]

@@ -134,9 +134,7 @@ _IN_TORCH: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _folded(
-    node: ast.expr, leaf: Callable[[str | float], Value], call: Callable[[str, list[Value]], Value]
-) -> Value:
+def _folded(node: ast.expr, leaf: Callable[[str | float], Value], call: Callable[[str, list[Value]], Value]) -> Value:
     match node:
         case ast.Name(id=name):
             return leaf(name)

@@ -6,7 +6,8 @@
     wide loads                       weights by 16 bytes where their layout has them
     instructions a weight            within what the GPU issues while the memory delivers a weight
 
-Instructions are counted by running the PTX (`ptx`) for two sizes: the difference is the inner loop alone. `mov` does not
+Instructions are counted by running the PTX (`ptx`) for two sizes: the difference is the inner loop alone. `mov` does
+not
 count: in PTX constants and halves of registers need names, in machine code they do not.
 """
 
@@ -72,7 +73,7 @@ def _threads(plan: Plan) -> int:
 
 
 def _budget(plan: Plan) -> float | None:
-    """Return how many lane instructions the GPU issues while its memory brings one weight, its share of scales included.
+    """Return how many lane instructions the GPU issues while its memory brings a weight and its share of scales.
 
     For few tokens, where memory is to be the bound.
     """
@@ -156,9 +157,13 @@ def title(plan: Plan) -> str:
         case LinearPlan():
             zeros = " zp" if plan.zero_points else ""
             tiles = f"{plan.rows}×{plan.row_warps}×{plan.k_warps}×{plan.k_blocks}, depth {plan.depth}"
-            return f"W{plan.bits}A16 g{plan.group}{zeros} {plan.dtype} [{plan.n}, {plan.k}] M≤{8 * plan.columns} ({tiles})"
+            return (
+                f"W{plan.bits}A16 g{plan.group}{zeros} {plan.dtype} [{plan.n}, {plan.k}] M≤{8 * plan.columns} ({tiles})"
+            )
         case Int8Plan():
-            tiles = f"{plan.rows}×{plan.row_warps} by {plan.columns}×{plan.column_warps}, {plan.k_warps}×{plan.k_blocks}"
+            tiles = (
+                f"{plan.rows}×{plan.row_warps} by {plan.columns}×{plan.column_warps}, {plan.k_warps}×{plan.k_blocks}"
+            )
             return f"W8A8 [{plan.n}, {plan.k}] ({tiles})"
         case RowPlan():
             steps = [plan.norm * (plan.norm != "none"), f"hadamard {plan.block}" * bool(plan.block), plan.output]

@@ -78,7 +78,11 @@ def _version(program: str) -> str:
 
 def _compile(program: str, flags: Sequence[str], source: str, target: Path) -> None:
     made = subprocess.run(
-        [program, *flags, "-x", "c++", "-", "-o", str(target)], input=source, capture_output=True, text=True, check=False
+        [program, *flags, "-x", "c++", "-", "-o", str(target)],
+        input=source,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if made.returncode:
         first = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200])
@@ -112,8 +116,15 @@ def run(
     message = ctypes.create_string_buffer(_MESSAGE)
     array = ctypes.c_uint64 * count
     launch = _Launch(
-        *grid, kernel.threads, order, count, array(*args), array(*sizes), writable,
-        ctypes.cast(message, ctypes.c_char_p), _MESSAGE,
+        *grid,
+        kernel.threads,
+        order,
+        count,
+        array(*args),
+        array(*sizes),
+        writable,
+        ctypes.cast(message, ctypes.c_char_p),
+        _MESSAGE,
     )
     with _ONE_AT_A_TIME:
         failed = entry(ctypes.byref(launch))

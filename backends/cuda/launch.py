@@ -80,7 +80,9 @@ def _core() -> Any:
     try:
         import cuda.core as core
     except ImportError as error:
-        raise GraphoptError("kernels are launched by cuda-core, which is not installed; pip install 'graphopt[cuda]'") from error
+        raise GraphoptError(
+            "kernels are launched by cuda-core, which is not installed; pip install 'graphopt[cuda]'"
+        ) from error
     return core
 
 
@@ -183,7 +185,9 @@ def _by_library(
     sums = product.float()
     both = sums.chunk(2, dim=-1) if plan.paired else (sums,)
     named = dict(zip(("acc", "acc2"), both, strict=False))
-    shaped = [each if is_vector(name) else each.reshape(len(x), -1) for name, each in zip(plan.inputs, inputs, strict=True)]
+    shaped = [
+        each if is_vector(name) else each.reshape(len(x), -1) for name, each in zip(plan.inputs, inputs, strict=True)
+    ]
     return reference.finished(plan, named, shaped, x.dtype)
 
 
@@ -233,7 +237,7 @@ def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[
         arguments["signs"] = signs
     written = _results(plan, x)
     if tokens:
-        launch(plan, (tokens, 1), arguments | written, x.device)
+        launch(plan, (tokens, 1), {**arguments, **written}, x.device)
     return list(written.values())
 
 

@@ -118,7 +118,7 @@ class WeightLayout:
         return (load * LANES + lane) * self.vector + word % self.vector
 
     def seat(self, row: Indices, inside: Indices) -> tuple[Indices, Indices, Indices]:
-        """Return (lane, pair, upper) of the weights at rows of a tile and inputs of a chunk; upper: 1 for the second."""
+        """Return (lane, pair, upper) of the weights at rows of a tile and inputs of a chunk; upper: 1, the second."""
         quarter = self.span // 4
         t, j = inside % self.span // quarter, inside % quarter
         step = inside // self.span * (self.span // 16) + j // 4
@@ -145,7 +145,12 @@ class WeightLayout:
         zero, lanes = np.zeros(LANES, np.int64), np.arange(LANES)
         for field in fields(self.bits, self.chunk):
             for half in (0, 1):
-                yield field, field.at + 16 * half, by_seat[:, field.pair, half], self.address(zero, zero, lanes, field.word)
+                yield (
+                    field,
+                    field.at + 16 * half,
+                    by_seat[:, field.pair, half],
+                    self.address(zero, zero, lanes, field.word),
+                )
 
     def _parts(self) -> Iterator[slice]:
         """Yield runs of tiles that are moved at once, about a million weights."""
@@ -173,7 +178,9 @@ class WeightLayout:
         full = np.zeros(((part.stop - part.start) * TILE, self.padded_k), np.uint32)
         full[: last - first] = fill if isinstance(fill, int) else fill[first:last]
         full[: last - first, : self.k] = codes[first:last]
-        return full.reshape(-1, TILE, self.chunks, self.chunk).swapaxes(1, 2).reshape(-1, self.chunks, TILE * self.chunk)
+        return (
+            full.reshape(-1, TILE, self.chunks, self.chunk).swapaxes(1, 2).reshape(-1, self.chunks, TILE * self.chunk)
+        )
 
     def unpack(self, words: Words) -> NDArray[np.uint8]:
         """Return the codes [n, padded_k] of `pack`, with what fills up k."""
@@ -193,8 +200,8 @@ class WeightLayout:
 def fields(bits: int, chunk: int) -> tuple[Field, ...]:
     """Return the fields of all chunk/4 pairs of a lane.
 
-    2, 4 and 8 bits fill the halves of a word from below. Of 16 pairs of 3 bits, five lie in each of three words, and the
-    last has one bit at the top of each.
+    2, 4 and 8 bits fill the halves of a word from below. Of 16 pairs of 3 bits, five lie in each of three words, and
+    the last has one bit at the top of each.
     """
     found = []
     for pair in range(chunk // 4):

@@ -1,4 +1,4 @@
-"""Kernels to machine code and PTX by NVRTC, without a GPU, a driver or a toolkit: the extra `[cuda]` brings the library."""
+"""Kernels to machine code and PTX by NVRTC, without a GPU, a driver or a toolkit; the extra `[cuda]` brings it."""
 
 from __future__ import annotations
 

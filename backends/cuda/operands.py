@@ -12,7 +12,10 @@ from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan
 
 
 def pack_linear(
-    plan: LinearPlan | DequantizePlan, codes: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any] | None = None
+    plan: LinearPlan | DequantizePlan,
+    codes: NDArray[Any],
+    scale: NDArray[np.float32],
+    zero_point: NDArray[Any] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Return the arrays `weights`, `scales` and, where the plan has them, `zeros`.
 

@@ -6,9 +6,9 @@
     y      = graphopt::cuda_int8_linear(x, x_scale, x_zero_point?, weights, scales, row_sums?, inputs, plan)
     found… = graphopt::cuda_rows(inputs, signs?, plan)
 
-`plan` is a plan's text (`plan.py`): what is computed, and the tiles to start from; for how many tokens it runs with which
-tiles is decided at the call. `inputs` are what its expressions read, in the order of `plan.inputs`: vectors, and tensors
-of the shape of y. Any leading axes of x count as tokens. On a GPU the kernel runs, elsewhere `reference.py`.
+`plan` is a plan's text (`plan.py`): what is computed, and the tiles to start from; for how many tokens it runs with
+which tiles is decided at the call. `inputs` are what its expressions read, in the order of `plan.inputs`: vectors, and
+tensors of the shape of y. Any leading axes of x count as tokens. On a GPU the kernel runs, elsewhere `reference.py`.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def _as_rows(text: str) -> RowPlan:
 
 
 @torch.library.register_fake("graphopt::cuda_linear", lib=LIBRARY)
-def _(
-    x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor], plan: str
-) -> Tensor:
+def _(x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor], plan: str) -> Tensor:
     found = _as_linear(plan)
     _check_inner(x, found.k)
     return x.new_empty([*x.shape[:-1], found.outputs])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator as python_operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from graphopt.backends.cuda import operators
 from graphopt.backends.cuda.arithmetic import Float16
-from graphopt.backends.cuda.expressions import names, renamed
+from graphopt.backends.cuda.expressions import renamed
 from graphopt.backends.cuda.layouts import BITS, chunk_for
 from graphopt.backends.cuda.operands import pack_int8, pack_linear, pack_signs, paired_rows
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan, is_vector, plan_text
@@ -39,7 +39,7 @@ _SYMMETRIC_RATIO = 255 / 127  # of the largest magnitude, spread over all codes,
 
 
 def partition(program: Program, dtype: Float16) -> Changes:
-    """Replace regions of `program` by kernels for activations in `dtype`; return what was done, and what not, and why."""
+    """Replace regions of `program` by kernels for activations in `dtype`; return what was done, what not, and why."""
     rewriter = Rewriter(program, "cuda")
     _Linears(rewriter, dtype).rewrite()
     _Rows(rewriter, dtype).rewrite()
@@ -60,7 +60,7 @@ class Weight:
     """
 
     codes: NDArray[np.uint8]
-    bits: int
+    bits: Literal[2, 3, 4, 8]
     group: int
     scale: NDArray[np.float32]
     zero_point: NDArray[np.uint8] | None
@@ -102,7 +102,7 @@ def quantized_weight(program: Program, node: object) -> Weight | str:
     by_row = _by_row(scale, codes, axis, group)
     if by_row is None:
         return f"its scales {list(scale.shape)} lie along its outputs"
-    bits = next(width for width in BITS if width >= form.bits)
+    bits = cast(Literal[2, 3, 4, 8], next(width for width in BITS if width >= form.bits))
     offset = 1 << (bits - 1) if form.code_min < 0 else 0
     shift = np.full_like(by_row, offset)
     if zero is not None:
@@ -165,7 +165,9 @@ class Pointwise:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(isinstance(x, int) == isinstance(y, int) and str(x) == str(y) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        isinstance(x, int) == isinstance(y, int) and str(x) == str(y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def pointwise(node: fx.Node) -> tuple[str, list[Any]] | None:
@@ -186,7 +188,11 @@ def pointwise(node: fx.Node) -> tuple[str, list[Any]] | None:
             return None
         return f"{_BINARY[name]}({{0}}, {{1}})", [named["self"], named["other"]]
     if name in ("clamp", "hardtanh", "relu6"):
-        low, high = (0, 6) if name == "relu6" else (named[k] for k in (("min", "max") if name == "clamp" else ("min_val", "max_val")))
+        low, high = (
+            (0, 6)
+            if name == "relu6"
+            else (named[k] for k in (("min", "max") if name == "clamp" else ("min_val", "max_val")))
+        )
         text = "{0}"
         text = text if low is None else f"max({text}, {float(low)!r})"
         return (text if high is None else f"min({text}, {float(high)!r})"), [named["self"]]
@@ -375,9 +381,7 @@ class _Linears:
             made.append(self.rewriter.weight(torch.cat(values), f"{first.node.name}_{name}", values[0].dtype))
         return made
 
-    def _insert(
-        self, first: _Linear, plan: Any, weight: Weight, operands: list[fx.Node], before: fx.Node
-    ) -> fx.Node:
+    def _insert(self, first: _Linear, plan: Any, weight: Weight, operands: list[fx.Node], before: fx.Node) -> fx.Node:
         name, origin, x = str(first.node.name), [first.node], self._now.get(first.x, first.x)
         if isinstance(plan, Int8Plan):
             codes = (weight.codes.astype(np.int16) - 128).astype(np.int8)
@@ -426,7 +430,9 @@ class _Linears:
         for each in together:
             parts = [each] if each.other is None else [each, each.other]
             for part in parts:
-                others = [x.node.name for x in together if x is not each] + [x.node.name for x in parts if x is not part]
+                others = [x.node.name for x in together if x is not each] + [
+                    x.node.name for x in parts if x is not part
+                ]
                 with_what = f", one product with {', '.join(others)}" if others else ""
                 tail = "" if plan.epilogue == "acc" else f", then {plan.epilogue}"
                 self.rewriter.touch(part.node, f"{kind} kernel{with_what}{tail}")
@@ -505,12 +511,14 @@ def _symmetric(x: fx.Node, scale: fx.Node, format: str) -> _Quantized | None:
     if format != "int8" or not isinstance(ratio, float) or abs(ratio - _SYMMETRIC_RATIO) > 1e-9:
         return None
     source = part.args[0] if isinstance(part, fx.Node) and operator(part) == "getitem" else None
-    if operator(source) != "graphopt.dynamic_scale" or not _by_token(arguments(source), x):
+    if not isinstance(source, fx.Node) or operator(source) != "graphopt.dynamic_scale":
+        return None
+    if not _by_token(arguments(source), x):
         return None
     size = arguments(source)["x"]
     if operator(size) != "abs" or arguments(size)["self"] is not x or arguments(source)["format"] != format:
         return None
-    return _Quantized(x, (size, source, part, scale), scale, None, format)
+    return _Quantized(x, (size, source, cast(fx.Node, part), scale), scale, None, format)
 
 
 def _by_token(named: Mapping[str, Any], x: fx.Node) -> bool:
@@ -546,7 +554,9 @@ class _Rows:
         # Everything that the region reads stands before all of its nodes, and all that read it behind them.
         place = min(row.inside)
         operands = [row.operands[name] for name in plan.inputs]
-        result = self.rewriter.insert(operators.ROWS, operands, signs, plan_text(plan), before=place, origin=[row.anchor])
+        result = self.rewriter.insert(
+            operators.ROWS, operands, signs, plan_text(plan), before=place, origin=[row.anchor]
+        )
         for i, old in enumerate(row.results):
             new = self.rewriter.insert(python_operator.getitem, result, i, before=place, origin=[old])
             self.rewriter.replace(old, new)
@@ -581,7 +591,9 @@ class _Row:
         self._refusal = ""
         if current is anchor:  # nothing of it can be done here
             rotation = operator(anchor) == "graphopt.hadamard"
-            self._refusal = "the order of its rotation is no power of two" if rotation else "it normalizes over several axes"
+            self._refusal = (
+                "the order of its rotation is no power of two" if rotation else "it normalizes over several axes"
+            )
         self._prologue(current)
 
     @property
@@ -683,7 +695,9 @@ def _per_thread(n: int, block: int) -> list[int]:
         return [first, *(each for each in (8, 16, 32, 64) if each != first)]
     width = np.gcd(n, 8)
     # As many threads as loads, up to eight warps; then more loads each.
-    return [int(width) * repeats for repeats in (1, 2, 4, 8) if n <= width * repeats * (256 if repeats < 8 else 1024)] or [64]
+    return [
+        int(width) * repeats for repeats in (1, 2, 4, 8) if n <= width * repeats * (256 if repeats < 8 else 1024)
+    ] or [64]
 
 
 def _told(plan: RowPlan) -> str:

@@ -138,8 +138,8 @@ class _Codes:
 class LinearPlan(_Codes, _Product):
     """y [m, n] = epilogue(x [m, k] · dequantized(codes [n, k])ᵀ) with weights of 2, 3, 4 or 8 bits, x in halves.
 
-    A block computes 16·rows·row_warps outputs of up to 8·columns tokens. Its inputs are cut into k_warps slices, one for
-    each group of warps, and k_blocks blocks share the inputs among themselves; slices are added in their order.
+    A block computes 16·rows·row_warps outputs of up to 8·columns tokens. Its inputs are cut into k_warps slices, one
+    for each group of warps, and k_blocks blocks share the inputs among themselves; slices are added in their order.
 
     Attributes:
         n, k: outputs and inputs. bits: of a code. group: inputs that share a scale; 0: all of a row.
@@ -196,7 +196,7 @@ class RowPlan:
         x = prologue(in0, in1, …)            `keep`: also written, as it stands
         x = x / √(mean(x²) + eps)            norm "rms"; "layer" takes the mean off before
         x = affine(x, v0, …)
-        x = x · Q                            blocks of `block`, a power of two; Q as in `graphopt::hadamard`, no small matrix
+        x = x · Q                            blocks of `block`, a power of two; Q as in `graphopt::hadamard`
         codes, scale[, zero_point] = x       output "int8" or "uint8"; without zero points for int8 only
         y = x                                output "half"
 
@@ -284,8 +284,8 @@ class RowPlan:
     def stages(self) -> list[tuple[int, ...]]:
         """Which digits of a place in its block a thread holds from one exchange to the next, lowest first.
 
-        First and last it holds the lowest three, which it loads and stores together; each stage rotates along the digits
-        that no stage before it held. Two exchanges do up to 10 digits for 16 elements, 12 for 32 and 15 for 64.
+        First and last it holds the lowest three, which it loads and stores together; each stage rotates along the
+        digits that no stage before it held. Two exchanges do up to 10 digits for 16 elements, 12 for 32 and 15 for 64.
         """
         lowest, upper = (0, 1, 2), tuple(range(self.bits - self.held + 3, self.bits))
         left = tuple(range(3, self.bits - self.held + 3))
@@ -315,8 +315,8 @@ class RowPlan:
 class Int8Plan(_Product):
     """y [m, n] = epilogue((x [m, k] - zero points) · codes [n, k]ᵀ · scales) with x and weights of 8 bits, by integers.
 
-    Sums are whole numbers until the end, where a token's zero point times the sum of the output's codes is taken off, and
-    `acc` is the rest times the scale of the token, times that of the output.
+    Sums are whole numbers until the end, where a token's zero point times the sum of the output's codes is taken off,
+    and `acc` is the rest times the scale of the token, times that of the output.
 
     Attributes:
         n, k: outputs and inputs. dtype: of y, of scales of tokens, and of what the epilogue reads.

@@ -44,7 +44,7 @@ def linear(
     acc = x.float() @ weight_of(plan, weights, scales, zeros).T
     if not plan.paired:
         return finished(plan, {"acc": acc}, inputs, x.dtype)
-    pairs = acc.unflatten(-1, (-1, 2, 8))
+    pairs = acc.reshape(*acc.shape[:-1], -1, 2, 8)
     return finished(plan, {"acc": pairs[..., 0, :].flatten(-2), "acc2": pairs[..., 1, :].flatten(-2)}, inputs, x.dtype)
 
 

@@ -63,7 +63,9 @@ def gpu_of(index: int) -> Gpu:
     clock = getattr(found, "memory_clock_rate", 0) * 1e3
     width = getattr(found, "memory_bus_width", 0) / 8
     bandwidth = 2 * clock * width or H200.bandwidth
-    return Gpu(found.name, found.multi_processor_count, bandwidth, getattr(found, "clock_rate", 0) * 1e3 or H200.clock_hz)
+    return Gpu(
+        found.name, found.multi_processor_count, bandwidth, getattr(found, "clock_rate", 0) * 1e3 or H200.clock_hz
+    )
 
 
 def bucket(tokens: int) -> int:
@@ -74,7 +76,7 @@ def bucket(tokens: int) -> int:
 def candidates(plan: Product, tokens: int) -> list[Product]:
     """Return all schedules of a plan for some tokens, those aside that no block could run."""
     whole = next((each for each in (1, 2, 4, 8) if 8 * each >= tokens), 8)
-    fields: dict[str, Iterable[int]] = {
+    fields: dict[str, Iterable[Any]] = {
         "columns": sorted({whole, min(whole, 4)}), "rows": (1, 2, 4), "row_warps": (1, 2, 4), "k_warps": (1, 2, 4, 8),
         "k_blocks": (1, 2, 4, 8), "depth": (1, 2, 4),
     }  # fmt: skip
@@ -142,11 +144,12 @@ def fitting(options: Iterable[Product], architecture: str) -> Iterator[Product]:
 
 def chosen(plan: Product, tokens: int, gpu: Gpu, architecture: str) -> Product:
     """Return the schedule to run a plan by: what was measured to be fastest on this GPU, else the model's choice."""
-    return _chosen(plan, bucket(tokens), gpu, architecture)
+    found: Product = _chosen(plan, bucket(tokens), gpu, architecture)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(plan: Product, size: int, gpu: Gpu, architecture: str) -> Product:
+def _chosen(plan: Any, size: int, gpu: Gpu, architecture: str) -> Any:
     measured = _measured(gpu).get(_key(plan, size))
     options = ranked(plan, size, gpu)
     if measured:
@@ -166,7 +169,8 @@ def tune(
     """
     size = bucket(tokens)
     options = itertools.islice(fitting(ranked(plan, size, gpu)[: 2 * most], architecture), most)
-    times = {plan_text(each): measure(each) for each in options}
+    by_text = {plan_text(each): each for each in options}
+    times = {text: measure(each) for text, each in by_text.items()}
     kept = {text: time for text, time in times.items() if time < float("inf")}
     everything = _measured(gpu)
     everything[_key(plan, size)] = {**everything.get(_key(plan, size), {}), **kept}
@@ -174,7 +178,7 @@ def tune(
     _measured.cache_clear()
     _chosen.cache_clear()
     best = min(times, key=lambda text: times[text])
-    return next(each for each in candidates(plan, size) if plan_text(each) == best), times[best]
+    return by_text[best], times[best]
 
 
 def _key(plan: LinearPlan | Int8Plan, size: int) -> str:

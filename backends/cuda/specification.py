@@ -1,8 +1,8 @@
 """What kernels compute, in numpy: every rounding where the kernel has it, without its threads, layouts and addresses.
 
 Integer and float32 arithmetic is the same to the bit. Products of halves are those of an ideal tensor core
-(`arithmetic.mma16`), as in the host executor and the PTX interpreter: a real one adds in another order, so there the bound
-of `linear_bound` holds.
+(`arithmetic.mma16`), as in the host executor and the PTX interpreter: a real one adds in another order, so there the
+bound of `linear_bound` holds.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _finished(plan: LinearPlan | Int8Plan, acc: F32, inputs: Mapping[str, U16]) 
 def linear_bound(plan: LinearPlan, x: U16, weight: F32) -> F32:
     """Return [m, n] how far sums of a real tensor core may lie from those of the specification.
 
-    c·2⁻²³·Σ|x·w| with c = 4: a tensor core cuts the products that it adds at once to a few bits more than the largest one
-    has, once in sixteen inputs, where the specification rounds. weight: [n, k], dequantized.
+    c·2⁻²³·Σ|x·w| with c = 4: a tensor core cuts the products that it adds at once to a few bits more than the largest
+    one has, once in sixteen inputs, where the specification rounds. weight: [n, k], dequantized.
     """
     wide = np.abs(arithmetic.widened(x, plan.dtype).astype(np.float64))
     return (4 * 2.0**-23 * (wide @ np.abs(weight.astype(np.float64)).T)).astype(np.float32)

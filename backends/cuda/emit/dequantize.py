@@ -27,7 +27,8 @@ def dequantize(plan: DequantizePlan) -> tuple[list[Parameter], str]:
         f"u32 w[{layout.words}];",
     )
     for v in range(0, layout.words, layout.vector):
-        at = f"weights + (place * {layout.words // layout.vector * 32} + {v // layout.vector * 32} + lane) * {layout.vector}"
+        first = f"place * {layout.words // layout.vector * 32} + {v // layout.vector * 32}"
+        at = f"weights + ({first} + lane) * {layout.vector}"
         if layout.vector == 1:
             out(f"w[{v}] = go_stream1({at});")
             continue
@@ -55,14 +56,20 @@ def _group(plan: DequantizePlan, recipe: Recipe, out: Writer, j: int, groups: in
     steps = layout.steps // groups
     for half in (0, 1):
         offsets = recipe.zeros("zero" if half == 0 else "(zero >> 8)") if plan.zero_points else recipe.middle()
-        out("{", f"const int n = {plan.row(f'tile * 16 + g + {8 * half}')};", f"if (tile * 16 + g + {8 * half} < {plan.n}) {{")
+        out(
+            "{",
+            f"const int n = {plan.row(f'tile * 16 + g + {8 * half}')};",
+            f"if (tile * 16 + g + {8 * half} < {plan.n}) {{",
+        )
         named = {}
         for place, text in offsets.items():
             out(f"const {kind} o{place} = {text};")
             named[place] = f"o{place}"
         for first in range(steps * j, steps * (j + 1), layout.span // 16):
             words = [
-                recipe.register(4 * step + 2 * h + half, lambda i, shift: f"(w[{i}] >> {shift})" if shift else f"w[{i}]", named)
+                recipe.register(
+                    4 * step + 2 * h + half, lambda i, shift: f"(w[{i}] >> {shift})" if shift else f"w[{i}]", named
+                )
                 for step in range(first, first + layout.span // 16)
                 for h in (0, 1)
             ]

@@ -66,9 +66,7 @@ class Kernel:
     @property
     def host(self) -> str:
         """The whole source for a C++ compiler, with `go_entry`, which takes a `go_launch`."""
-        arguments = [
-            f"({each})launch->args[{i}]" for i, each in enumerate(self._types())
-        ]
+        arguments = [f"({each})launch->args[{i}]" for i, each in enumerate(self._types())]
         entry = (
             'extern "C" int go_entry(const go_launch* launch) {\n'
             f"    return go_execute(*launch, [=] {{ {self.name}({', '.join(arguments)}); }});\n}}\n"

@@ -168,7 +168,12 @@ class _Body(Products[LinearPlan]):
             else:
                 low, high = f"go_of_h(s{r}_{j} & 0xffffu)", f"go_of_h(s{r}_{j} >> 16)"
             self.out("{", f"const float low = {low}, high = {high};")
-            self.out("GO_UNROLL", f"for (int c = 0; c < {self.plan.columns}; c++) {{", "GO_UNROLL", "for (int i = 0; i < 4; i++) {")
+            self.out(
+                "GO_UNROLL",
+                f"for (int c = 0; c < {self.plan.columns}; c++) {{",
+                "GO_UNROLL",
+                "for (int i = 0; i < 4; i++) {",
+            )
             self.out(f"acc[{r}][c][i] = go_fma(part[{r}][c][i], i < 2 ? low : high, acc[{r}][c][i]);")
             self.out(f"part[{r}][c][i] = 0.0f;", "}", "}", "}")
         if several:
@@ -191,5 +196,10 @@ class _Body(Products[LinearPlan]):
             else:
                 self.out(f"const u32 rs{r} = go_load1(s{r});")
                 low, high = f"go_of_h(rs{r} & 0xffffu)", f"go_of_h(rs{r} >> 16)"
-            self.out("GO_UNROLL", f"for (int c = 0; c < {plan.columns}; c++) {{", "GO_UNROLL", "for (int i = 0; i < 4; i++) {")
+            self.out(
+                "GO_UNROLL",
+                f"for (int c = 0; c < {plan.columns}; c++) {{",
+                "GO_UNROLL",
+                "for (int i = 0; i < 4; i++) {",
+            )
             self.out(f"acc[{r}][c][i] = go_mul(acc[{r}][c][i], i < 2 ? {low} : {high});", "}", "}")

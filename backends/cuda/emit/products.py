@@ -1,18 +1,20 @@
 """What kernels of matrix products have in common: who computes what, adding up slices, and the end of every output.
 
-    block (bx, by), warp w:  tiles of 16 outputs      ((bx div token blocks)·row_warps + w mod row_warps)·rows + 0 … rows-1
+    block (bx, by), warp w:  tiles of 16 outputs      ((bx div token blocks)·row_warps + w mod row_warps)·rows + 0 …
+    rows-1
                              tokens in eights         ((bx mod token blocks)·column_warps + …)·columns + 0 … columns-1
                              slice of the inputs      by·k_warps + w div (row_warps·column_warps)
 
-Blocks that read the same weights are neighbours, so that the second finds them in the cache. A lane keeps four sums of each tile and eight tokens: of outputs g and g + 8 for tokens 2t and 2t + 1. The slices of a
-block meet in shared memory, those of several blocks in the workspace, where the block that comes last adds them; each
-time in their order, so that the same inputs give the same bits.
+Blocks that read the same weights are neighbours, so that the second finds them in the cache. A lane keeps four sums of
+each tile and eight tokens: of outputs g and g + 8 for tokens 2t and 2t + 1. The slices of a block meet in shared
+memory, those of several blocks in the workspace, where the block that comes last adds them; each time in their order,
+so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from graphopt.backends.cuda.emit.kernel import Parameter, Writer
 from graphopt.backends.cuda.expressions import emitted
@@ -28,9 +30,11 @@ class Products(ABC, Generic[AnyPlan]):
     kind: ClassVar[str]  # of a sum, in C
 
     def __init__(self, plan: AnyPlan) -> None:
-        self.plan, self.layout, self.out = plan, plan.layout, Writer()
+        self.plan: AnyPlan = plan
+        self.layout: Any = plan.layout
+        self.out = Writer()
         self.letter = "h" if plan.dtype == "float16" else "b"
-        self.units = self.layout.padded_k // self.layout.unit
+        self.units: int = self.layout.padded_k // self.layout.unit
 
     def written(self) -> str:
         self._places()
@@ -142,7 +146,7 @@ class Products(ABC, Generic[AnyPlan]):
     @property
     def _even(self) -> bool:
         """Whether every slice is a whole number of rounds of the loop."""
-        chunks = self.units // self.plan.slices * (self.layout.unit // self.layout.chunk)
+        chunks: int = self.units // self.plan.slices * (self.layout.unit // self.layout.chunk)
         return self.units % self.plan.slices == 0 and chunks % self.plan.depth == 0
 
     def _words(self, target: str, first: int, count: int, source: str, how: str, guard: str = "") -> None:
@@ -226,7 +230,12 @@ class Products(ABC, Generic[AnyPlan]):
             n = "(tile0 + r) * 8 + g" if plan.paired else f"(tile0 + r) * {TILE} + g + {8 * half}"
             self.out(f"if (tile0 + r < {self.layout.tiles} && {n} < {plan.outputs}) {{", f"const int n = {n};")
             self.out(*self._of_output(half))
-            self.out("GO_UNROLL", f"for (int c = 0; c < {plan.columns}; c++) {{", "GO_UNROLL", "for (int i = 0; i < 2; i++) {")
+            self.out(
+                "GO_UNROLL",
+                f"for (int c = 0; c < {plan.columns}; c++) {{",
+                "GO_UNROLL",
+                "for (int i = 0; i < 2; i++) {",
+            )
             self.out("const int token = token0 + 8 * c + 2 * t + i;", "if (token < tokens) {")
             self.out(f"const u64 at = (u64)token * {plan.outputs} + n;", *self._of_token())
             leaves = {"acc": self._sum("i", half), "acc2": self._sum("i", 1)}

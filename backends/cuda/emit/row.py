@@ -73,9 +73,7 @@ class _Body:
 
     def _each(self, *lines: str, active: bool = True) -> None:
         """Write lines for every element `x[r][e]`, at place `at + e` of the row."""
-        self._runs(
-            "GO_UNROLL", f"for (int e = 0; e < {self.plan.width}; e++) {{", *lines, "}", active=active
-        )
+        self._runs("GO_UNROLL", f"for (int e = 0; e < {self.plan.width}; e++) {{", *lines, "}", active=active)
 
     def _runs(self, *lines: str, active: bool = True) -> None:
         """Write lines for every run r of neighbours, which begins at place `at`; `active`: only where there is one."""
@@ -128,7 +126,10 @@ class _Body:
         if words == 1:
             return [f"const u32 {name}_w[1] = {{go_load1({source})}};"]
         parts = ", ".join(f"{name}_v.{letter}" for letter in "xyzw"[:words])
-        return [f"const u32x{words} {name}_v = go_load{words}({source});", f"const u32 {name}_w[{words}] = {{{parts}}};"]
+        return [
+            f"const u32x{words} {name}_v = go_load{words}({source});",
+            f"const u32 {name}_w[{words}] = {{{parts}}};",
+        ]
 
     def _element(self, name: str) -> str:
         return f"go_of_{self.letter}({name}_w[e / 2] >> 16 * (e % 2) & 0xffffu)"
@@ -153,7 +154,9 @@ class _Body:
         if plan.warps == 1:
             return
         self.out(f"GO_SHARED({kind}, {name}_of, {plan.warps});", f"if (lane == 0) GO_PUT({name}_of, warp, {name});")
-        self.out("GO_SYNC();", f"{name} = GO_GET({name}_of, 0);", f"for (int other = 1; other < {plan.warps}; other++) {{")
+        self.out(
+            "GO_SYNC();", f"{name} = GO_GET({name}_of, 0);", f"for (int other = 1; other < {plan.warps}; other++) {{"
+        )
         self.out(f"const {kind} a = {name}, b = GO_GET({name}_of, other);", f"{name} = {combine};", "}")
 
     def _normalize(self) -> None:
@@ -244,7 +247,10 @@ class _Body:
             self._over_row("largest", "u32", "a > b ? a : b")
             self.out("const float range = go_div(go_float(largest), 127.0f);")
             # The smallest normal number is the smallest scale; a row of zeros has 1.
-            self.out("float step = largest >= 0x7f800000u ? go_float(0x7fffffffu) : range < go_float(0x00800000u) ? 1.0f : range;")
+            self.out(
+                "float step = range < go_float(0x00800000u) ? 1.0f : range;",
+                "step = largest >= 0x7f800000u ? go_float(0x7fffffffu) : step;",
+            )
             self.out(f"step = go_of_{letter}(go_to_{letter}(step));")
         else:
             self.out("float low = 0.0f, high = 0.0f;")

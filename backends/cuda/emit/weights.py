@@ -1,13 +1,14 @@
 """Codes into halves: from the words that a lane read to the registers of operand A.
 
-A field of `bits` bits that lies at bit p of each half of a word becomes two numbers at once. Its bits are masked in place
-and put below a magic exponent, which makes them the last bits of the number B + code·2^p; one fused operation undoes both:
+A field of `bits` bits that lies at bit p of each half of a word becomes two numbers at once. Its bits are masked in
+place and put below a magic exponent, which makes them the last bits of the number B + code·2^p; one fused operation
+undoes both:
 
     (B + code·2^p) · 2^-p - (B·2^-p + zero)  =  code - zero                 B = 1024 in halves, 128 in bfloat16s
 
-exactly, since every number in it is a multiple of 2^-p that the type holds. Only fields that end below bit 10 (7) can be
-taken where they lie; the next ones are brought down by one shift for all. Eight bits in bfloat16s, which have no room for
-them, go through float32.
+exactly, since every number in it is a multiple of 2^-p that the type holds. Only fields that end below bit 10 (7) can
+be taken where they lie; the next ones are brought down by one shift for all. Eight bits in bfloat16s, which have no
+room for them, go through float32.
 
 (The exponent trick is Y. Kim et al.'s "Who Says Elephants Can't Run", taking fields where they lie that of "Marlin".)
 """

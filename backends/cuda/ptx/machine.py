@@ -198,7 +198,10 @@ class _Machine:
             return
         width = 8 * size_of(instruction.op[-1]) // len(source.parts)
         kind = f"b{width}"
-        parts = [self._read(part, kind, here).astype(np.uint64) << np.uint64(width * i) for i, part in enumerate(source.parts)]
+        parts = [
+            self._read(part, kind, here).astype(np.uint64) << np.uint64(width * i)
+            for i, part in enumerate(source.parts)
+        ]
         self._write(target, here, np.bitwise_or.reduce(parts))
 
     def _address(self, instruction: Instruction, place: Operand, here: Threads, size: int) -> NDArray[np.int64]:
@@ -277,7 +280,11 @@ class _Machine:
 
     def _warps(self, instruction: Instruction, here: Threads) -> Threads:
         """Return threads as [warps, 32]; all lanes of a warp must be there."""
-        if len(here) % 32 or (here.reshape(-1, 32) != here[::32, None] + np.arange(32)).any() or (here[::32] % 32).any():
+        if (
+            len(here) % 32
+            or (here.reshape(-1, 32) != here[::32, None] + np.arange(32)).any()
+            or (here[::32] % 32).any()
+        ):
             raise PtxFault(f"line {instruction.line}: only some lanes of a warp are at {instruction.name}")
         return here.reshape(-1, 32)
 
@@ -294,14 +301,16 @@ class _Machine:
         self._warps(instruction, here)
 
         def fragment(parts: tuple[Operand, ...]) -> NDArray[np.uint32]:
-            return np.stack([self._read(each, "b32", here).astype(np.uint32).reshape(-1, 32) for each in parts], axis=-1)
+            return np.stack(
+                [self._read(each, "b32", here).astype(np.uint32).reshape(-1, 32) for each in parts], axis=-1
+            )
 
-        words = [fragment(each) for each in (a, b, c)]  # [warps, 32, registers]
+        rows, columns, sums = (fragment(each) for each in (a, b, c))  # [warps, 32, registers]
         form = instruction.name.removeprefix("mma.sync.aligned.")
         if form == _BYTES:
-            result = _bytes_product(*words)
+            result = _bytes_product(rows, columns, sums)
         elif form in _HALVES:
-            result = _half_product(*words, _HALVES[form])
+            result = _half_product(rows, columns, sums, _HALVES[form])
         else:
             raise KeyError(f"line {instruction.line}: the instruction {instruction.name} is not known")
         for i, each in enumerate(d):

@@ -56,7 +56,7 @@ def function(op: tuple[str, ...]) -> Function:
         return _widening(name, kind)
     if name == "mul" and "hi" in op:
         wide, shift = _widening(name, kind), 8 * size_of(kind)
-        return lambda a, b: (wide(a, b) >> shift).astype(unsigned(kind))
+        return lambda a, b: np.asarray((wide(a, b) >> shift).astype(unsigned(kind)))
     if name == "cvt":
         return _conversion(op)
     if name == "setp":
@@ -64,7 +64,7 @@ def function(op: tuple[str, ...]) -> Function:
     if name in ("shl", "shr"):
         return _shift(name, kind)
     if name == "selp":
-        return lambda a, b, p: np.where(p, a, b)
+        return lambda a, b, p: np.asarray(np.where(p, a, b))
     if kind in ("f16x2", "bf16x2"):
         return _pairs(name, "float16" if kind == "f16x2" else "bfloat16")
     if kind == "f32":
@@ -90,10 +90,14 @@ _WIDE = ("mul", "mad")
 
 
 def _widening(name: str, kind: str) -> Function:
-    wide: Any = (np.int64 if size_of(kind) == 4 else np.int32) if kind[0] == "s" else (np.uint64 if size_of(kind) == 4 else np.uint32)
+    wide: Any = (
+        (np.int64 if size_of(kind) == 4 else np.int32)
+        if kind[0] == "s"
+        else (np.uint64 if size_of(kind) == 4 else np.uint32)
+    )
 
     def compute(a: Bits, b: Bits, c: Bits | None = None) -> Bits:
-        product = as_typed(a, kind).astype(wide) * as_typed(b, kind).astype(wide)
+        product: Bits = as_typed(a, kind).astype(wide) * as_typed(b, kind).astype(wide)
         return as_bits(product if c is None else as_bits(product) + c.astype(_UNSIGNED[np.dtype(wide).itemsize]))
 
     return compute
@@ -153,13 +157,17 @@ _FLOATS: dict[str, Function] = {
 }
 
 
+def _half(words: Bits, shift: int) -> NDArray[np.uint16]:
+    return (words >> np.uint32(shift)).astype(np.uint16)
+
+
 def _pairs(name: str, dtype: Float16) -> Function:
     def fma(a: Bits, b: Bits, c: Bits) -> Bits:
-        halves = [
-            arithmetic.fma16(*((each >> np.uint32(shift)).astype(np.uint16) for each in (a, b, c)), dtype).astype(np.uint32)
+        low, high = (
+            arithmetic.fma16(_half(a, shift), _half(b, shift), _half(c, shift), dtype).astype(np.uint32)
             for shift in (0, 16)
-        ]
-        return np.asarray(halves[0] | halves[1] << np.uint32(16))
+        )
+        return np.asarray(low | high << np.uint32(16))
 
     return {"fma": fma}[name]
 
@@ -270,7 +278,9 @@ def _extract_signed(a: Bits, start: Bits, count: Bits) -> Bits:
 
 
 def _insert(a: Bits, b: Bits, start: Bits, count: Bits) -> Bits:
-    mask = (((np.uint64(1) << np.asarray(count).astype(np.uint64)) - np.uint64(1)) << np.asarray(start).astype(np.uint64)).astype(np.uint32)
+    mask = (
+        ((np.uint64(1) << np.asarray(count).astype(np.uint64)) - np.uint64(1)) << np.asarray(start).astype(np.uint64)
+    ).astype(np.uint32)
     moved = (np.asarray(a).astype(np.uint64) << np.asarray(start).astype(np.uint64)).astype(np.uint32)
     return np.asarray((moved & mask) | (b & ~mask))
 

@@ -56,7 +56,10 @@ def test_halves_are_torchs(dtype: Any) -> None:
 
 def test_bfloat16_of_a_double_rounds_once() -> None:
     # A little above the middle of 1 and 1 + 2^-7: by way of float32 it would be the middle, and go down.
-    assert arithmetic.widened(arithmetic.narrowed(np.array([1 + 2.0**-8 + 2.0**-40]), "bfloat16"), "bfloat16") == 1 + 2.0**-7
+    assert (
+        arithmetic.widened(arithmetic.narrowed(np.array([1 + 2.0**-8 + 2.0**-40]), "bfloat16"), "bfloat16")
+        == 1 + 2.0**-7
+    )
 
 
 _X = np.linspace(-12, 12, 48_001).astype(np.float32)

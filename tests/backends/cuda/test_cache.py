@@ -73,7 +73,9 @@ def test_processes_that_compile_the_same_at_once(folder: Path) -> None:
     )
     running = [subprocess.Popen([sys.executable, "-c", script], env=dict(os.environ)) for _ in range(2)]
     assert [each.wait(120) for each in running] == [0, 0]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(f"file{i}{end}" for i in range(4) for end in ("", ".sha256"))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"file{i}{end}" for i in range(4) for end in ("", ".sha256")
+    )
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")

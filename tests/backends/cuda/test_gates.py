@@ -23,7 +23,9 @@ _PRODUCTS: list[tuple[LinearPlan | Int8Plan, int]] = [
     (Int8Plan(4096, 4096, zero_points=True), 512),
 ]
 _OTHERS: list[Plan] = [
-    RowPlan(8192, norm="rms", affine="mul(x, v0)", prologue="round(add(in0, in1))", keep=True, output="int8", per_thread=32),
+    RowPlan(
+        8192, norm="rms", affine="mul(x, v0)", prologue="round(add(in0, in1))", keep=True, output="int8", per_thread=32
+    ),
     RowPlan(4096, "bfloat16", norm="layer", output="uint8", zero_points=True, per_thread=16),
     RowPlan(8192, block=8192, signs=True, output="int8", per_thread=64),
     RowPlan(4096, block=4096, output="int8", per_thread=32),

@@ -52,7 +52,7 @@ def test_a_missing_barrier(old: str) -> None:
     case = Case(_LINEAR, 3)
     case.kernel = with_body(case.kernel, old, old.replace("GO_SYNC();", ""))
     for order in ORDERS:
-        with pytest.raises(KernelFault, match="shared memory, which thread .* with no barrier between"):
+        with pytest.raises(KernelFault, match=r"shared memory, which thread .* with no barrier between"):
             case.on_host(order)
 
 
@@ -62,7 +62,7 @@ def test_a_missing_barrier_in_an_exchange() -> None:
     between = case.kernel.body[put:got]
     case.kernel = with_body(case.kernel, between, between.replace("GO_SYNC();", ""))
     for order in ORDERS:
-        with pytest.raises(KernelFault, match="place .* of shared memory, which thread .* with no barrier between"):
+        with pytest.raises(KernelFault, match=r"place .* of shared memory, which thread .* with no barrier between"):
             case.on_host(order)
 
 
@@ -91,7 +91,7 @@ def test_shared_memory_is_poisoned_for_every_block() -> None:
         ("GO_SHARED(u32, buffer, 8); GO_PUT(buffer, go_thread(), 0u);", "place 8 of a shared array of 8"),
         ("GO_SHARED(u32, buffer, 60000); GO_PUT(buffer, 0, 0u);", "no more shared memory"),
         ("if (go_thread() < 40) GO_SYNC(); else GO_SYNC();", ""),
-        ("if (go_thread() < 8) go_store1(y, go_shuffle_xor(1u, 1));", "waits at line 2 for others that never come: 8 of 32"),
+        ("if (go_thread() < 8) go_store1(y, go_shuffle_xor(1u, 1));", "waits at line 2 for others .*: 8 of 32"),
         ("if (go_thread() < 32) { while (true) GO_SYNC(); }\nGO_SYNC();\nGO_SYNC();", "is at the barrier of line"),
         ("if (go_thread() & 1)\n go_store1(y, go_shuffle_xor(1u, 1));\nelse\n go_store1(y, go_shuffle_xor(1u, 1));",
          "while lanes of its warp wait at line"),
@@ -112,7 +112,10 @@ def test_threads_that_have_ended_are_not_waited_for_at_a_barrier() -> None:
 
 def test_what_depends_on_the_order_shows() -> None:
     """Blocks and threads come in the order asked for: who writes last wins."""
-    last = {order: int(_run("go_store1(y, (u32)(go_block() * 64 + go_thread()));", grid=(3, 1), order=order)[0]) for order in ORDERS}
+    last = {
+        order: int(_run("go_store1(y, (u32)(go_block() * 64 + go_thread()));", grid=(3, 1), order=order)[0])
+        for order in ORDERS
+    }
     assert last[host.FORWARD] == 191 and last[host.REVERSE] == 0 and len(set(last.values())) > 2
 
 
@@ -130,28 +133,38 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_sanitizers_pass_kernels_and_find_a_wild_write(tmp_path: Path) -> None:
     """Address and undefined-behaviour sanitizers over whole kernels, in a process that has their runtime loaded."""
-    runtime = subprocess.run([str(host.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    runtime = subprocess.run(
+        [str(host.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\n"
-        "from cuda_kernels import Case, with_body\n"
-        "from graphopt.backends.cuda import host\n"
-        "from graphopt.backends.cuda.plan import *\n"
-        "for plan, tokens in ((LinearPlan(37, 300, 3, group=64, k_blocks=2, zero_points=True, epilogue='silu(acc)'), 3),\n"
-        "                     (RowPlan(2048, norm='rms', block=2048, output='int8', per_thread=32), 2),\n"
-        "                     (Int8Plan(37, 301, zero_points=True, k_blocks=2), 9), (DequantizePlan(33, 131, 2, 32), 1)):\n"
-        "    case = Case(plan, tokens)\n"
-        "    assert not case.differences(case.on_host(2, host.build(case.kernel, sanitize=True))), plan\n"
-        "print('clean', flush=True)\n"
-        "case = Case(LinearPlan(37, 300))\n"
-        "case.kernel = with_body(case.kernel, 'float acc[1][1][4] = {};', 'float acc[1][1][4] = {}; acc[0][0][go_thread() + 4] = 1;')\n"
-        "case.on_host(0, host.build(case.kernel, sanitize=True))\n"
-        "print('not found')\n"
+        """
+from cuda_kernels import Case, with_body
+from graphopt.backends.cuda import host
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, RowPlan
+
+for plan, tokens in (
+    (LinearPlan(37, 300, 3, group=64, k_blocks=2, zero_points=True, epilogue="silu(acc)"), 3),
+    (RowPlan(2048, norm="rms", block=2048, output="int8", per_thread=32), 2),
+    (Int8Plan(37, 301, zero_points=True, k_blocks=2), 9),
+    (DequantizePlan(33, 131, 2, 32), 1),
+):
+    case = Case(plan, tokens)
+    assert not case.differences(case.on_host(2, host.build(case.kernel, sanitize=True))), plan
+print("clean", flush=True)
+case = Case(LinearPlan(37, 300))
+sums = "float acc[1][1][4] = {};"
+case.kernel = with_body(case.kernel, sums, sums + " acc[0][0][go_thread() + 4] = 1;")
+case.on_host(0, host.build(case.kernel, sanitize=True))
+print("not found")
+"""
     )
     tests = Path(__file__).parents[2]
     environment = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tests)}
     import os
 
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    ran = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
     assert ran.stdout.strip() == "clean" and ran.returncode, ran.stdout + ran.stderr[-2000:]
     assert "kernel:" in ran.stderr

@@ -40,9 +40,10 @@ def _linears(count: int) -> Iterator[tuple[LinearPlan, int]]:
         (n, k, group), tokens = draw.choice(_SIZES), draw.choice(_TOKENS)
         paired = draw.random() < 0.2
         columns = draw.choice([each for each in (1, 2, 4, 8) if 8 * each >= min(tokens, 16)])
+        scales = draw.choice(("float16", "float32"))
         try:
             plan = LinearPlan(
-                -(-n // 16) * 16 if paired else n, k, bits, group, zero_points, dtype, draw.choice(("float16", "float32")),
+                -(-n // 16) * 16 if paired else n, k, bits, group, zero_points, dtype, scales,
                 columns, draw.choice((1, 2, 4)) if columns < 4 else 1, draw.choice((1, 2)), draw.choice((1, 2, 4)),
                 draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 4)), 8 * columns < tokens, paired,
                 "mul(silu(acc), add(acc2, v0))" if paired else draw.choice(_EPILOGUES),
@@ -64,10 +65,25 @@ def _rows() -> list[tuple[RowPlan, int]]:
     affine = {"prologue": "round(add(in0, mul(in1, v0)))", "keep": True, "affine": "fma(x, v1, v2)"}
     found.append((RowPlan(640, norm="layer", output="int8", **affine), 2))  # type: ignore[arg-type]
     found.append((RowPlan(640, "bfloat16", norm="rms", **affine), 2))  # type: ignore[arg-type]
-    for bits, per_thread, count in ((3, 8, 5), (4, 8, 3), (5, 32, 1), (7, 16, 3), (10, 16, 1), (11, 32, 2), (12, 32, 1), (13, 64, 1)):
+    for bits, per_thread, count in (
+        (3, 8, 5),
+        (4, 8, 3),
+        (5, 32, 1),
+        (7, 16, 3),
+        (10, 16, 1),
+        (11, 32, 2),
+        (12, 32, 1),
+        (13, 64, 1),
+    ):
         transpose = bits % 2 == 0
         plan = RowPlan(
-            count << bits, block=1 << bits, signs=True, transpose=transpose, output="int8", norm="rms", per_thread=per_thread
+            count << bits,
+            block=1 << bits,
+            signs=True,
+            transpose=transpose,
+            output="int8",
+            norm="rms",
+            per_thread=per_thread,
         )
         found.append((plan, 2))
     found.append((RowPlan(1024, "bfloat16", block=256, per_thread=16), 3))
@@ -80,7 +96,8 @@ _INT8 = [
     (Int8Plan(37, 302, signed=False, zero_points=True, k_blocks=3, k_warps=2), 1),
     (Int8Plan(70, 256, zero_points=True, by_token=False, columns=2, rows=2, row_warps=2, column_warps=2, k_warps=1,
               epilogue="add(relu(add(acc, v0)), in0)"), 45),
-    (Int8Plan(130, 128, "bfloat16", columns=4, rows=4, row_warps=2, column_warps=2, k_warps=1, epilogue="silu(acc)"), 100),
+    (Int8Plan(130, 128, "bfloat16", columns=4, rows=4, row_warps=2, column_warps=2, k_warps=1,
+              epilogue="silu(acc)"), 100),
     (Int8Plan(16, 64, columns=8, k_warps=1, depth=4, epilogue="add(acc, v0)"), 64),
 ]  # fmt: skip
 _DEQUANTIZE = [
@@ -180,4 +197,7 @@ def test_codes_are_the_operators() -> None:
         assert np.array_equal(got["scale"][known], scale.view(torch.int16).numpy().view(np.uint16).reshape(-1)[known])
         assert np.array_equal(got["codes"], codes.view(torch.uint8).numpy())
         assert np.array_equal(got["zero_point"], zero.view(torch.uint8).numpy().reshape(-1))
-        assert not known[1] and arithmetic.widened(got["scale"], "float16")[1] != arithmetic.widened(got["scale"], "float16")[1]
+        assert (
+            not known[1]
+            and arithmetic.widened(got["scale"], "float16")[1] != arithmetic.widened(got["scale"], "float16")[1]
+        )

@@ -1,4 +1,4 @@
-"""The torch operators: schemas, shapes and values, as torch checks them; and what the reference gives beside the kernels."""
+"""The torch operators: schemas, shapes and values, as torch checks them, and beside the specification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _PLANS = [
     (LinearPlan(37, 300, 4, 0, dtype="bfloat16", columns=2, epilogue="add(acc, in0)"), 9),
     (Int8Plan(37, 300, zero_points=True, epilogue="add(acc, v0)"), 5),
     (Int8Plan(37, 300, "bfloat16", signed=False, zero_points=True, by_token=False), 1),
-    (RowPlan(256, prologue="round(add(in0, in1))", keep=True, norm="rms", affine="mul(x, v0)", output="int8", zero_points=True), 4),
+    (RowPlan(256, prologue="round(add(in0, in1))", keep=True, norm="rms", affine="mul(x, v0)", output="int8",
+             zero_points=True), 4),
     (RowPlan(256, "bfloat16", norm="layer", block=64, signs=True, per_thread=16), 2),
 ]  # fmt: skip
 
@@ -55,7 +56,9 @@ def _call(plan: Any, tokens: int) -> tuple[Any, tuple[Any, ...], Case]:
 @pytest.mark.parametrize(("plan", "tokens"), _PLANS, ids=str)
 def test_torch_finds_nothing_wrong(plan: Any, tokens: int) -> None:
     operator, arguments, _ = _call(plan, tokens)
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(
+        operator, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 @pytest.mark.parametrize(("plan", "tokens"), _PLANS, ids=str)

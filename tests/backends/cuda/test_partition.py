@@ -36,7 +36,11 @@ def _parted(program: Program, tolerance: float = 2e-5) -> tuple[Program, Changes
 
 
 def _plans(program: Program) -> list[Any]:
-    return [read_plan(node.args[-1]) for node in program.graph.nodes if "cuda_" in str(node.target) and node.op == "call_function"]
+    return [
+        read_plan(node.args[-1])
+        for node in program.graph.nodes
+        if "cuda_" in str(node.target) and node.op == "call_function"
+    ]
 
 
 def _reasons(changes: Changes) -> str:
@@ -68,7 +72,9 @@ def test_up_before_gate_is_the_same_pair() -> None:
 
     program, _ = _parted(_quantized(Other(), (torch.randn(3, 64),), _W4))
     pair = next(plan for plan in _plans(program) if plan.kind == "linear" and plan.paired)
-    assert "gelu" in pair.epilogue and {"acc", "acc2"} <= set(pair.epilogue.replace("(", " ").replace(",", " ").replace(")", " ").split())
+    assert "gelu" in pair.epilogue and {"acc", "acc2"} <= set(
+        pair.epilogue.replace("(", " ").replace(",", " ").replace(")", " ").split()
+    )
 
 
 def test_a_width_that_is_no_multiple_of_eight_is_not_paired() -> None:
@@ -135,7 +141,9 @@ class _Normed(nn.Module):
         return h, self.two(self.norm(h)) + self.one(self.norm(h))
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), nn.LayerNorm(64, elementwise_affine=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.RMSNorm(64), nn.LayerNorm(64), nn.LayerNorm(64, bias=False), nn.LayerNorm(64, elementwise_affine=False)]
+)
 def test_a_norm_takes_the_sum_before_it_which_is_kept(norm: nn.Module) -> None:
     inputs = (torch.randn(3, 64), torch.randn(3, 64))
     program, _ = _parted(_quantized(_Normed(norm), inputs, QuantizeActivations(grid="int8"), _W8), tolerance=2e-2)
@@ -147,7 +155,9 @@ def test_a_norm_takes_the_sum_before_it_which_is_kept(norm: nn.Module) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_bytes_by_token(symmetric: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-    program, _ = _parted(_quantized(model, (torch.randn(5, 64),), QuantizeActivations(grid="int8", symmetric=symmetric), _W8), 2e-2)
+    program, _ = _parted(
+        _quantized(model, (torch.randn(5, 64),), QuantizeActivations(grid="int8", symmetric=symmetric), _W8), 2e-2
+    )
     kinds = [plan.kind for plan in _plans(program)]
     assert kinds == ["row", "int8", "row", "int8"]
     assert all(plan.zero_points is not symmetric for plan in _plans(program))
@@ -178,7 +188,10 @@ def test_scales_of_whole_tensors(recipe: str) -> None:
     [
         ([], "its weight is not quantized"),
         ([QuantizeWeights(grid="nf4", objective="plain", rounding="nearest")], "no kernel for weights in nf4 yet"),
-        ([QuantizeWeights(grid="int4", group_size=24, objective="plain", rounding="nearest")], "groups of 24 inputs fit no fragment"),
+        (
+            [QuantizeWeights(grid="int4", group_size=24, objective="plain", rounding="nearest")],
+            "groups of 24 inputs fit no fragment",
+        ),
         ([QuantizeWeights(grid="e4m3", objective="plain", rounding="nearest")], "no kernel for weights in e4m3 yet"),
     ],
 )
@@ -197,7 +210,9 @@ def test_convolutions_are_left() -> None:
 def test_every_width_of_integers_has_a_kernel(bits: int) -> None:
     model = nn.Linear(100, 24)
     for symmetric in (False, True):
-        weights = QuantizeWeights(grid=f"int{bits}", group_size=64, symmetric=symmetric, objective="plain", rounding="nearest")
+        weights = QuantizeWeights(
+            grid=f"int{bits}", group_size=64, symmetric=symmetric, objective="plain", rounding="nearest"
+        )
         program, _ = _parted(_quantized(model, (torch.randn(2, 100),), weights))
         (plan,) = _plans(program)
         assert plan.bits == min(width for width in (2, 3, 4, 8) if width >= bits)

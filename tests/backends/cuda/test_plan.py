@@ -13,7 +13,9 @@ from graphopt.errors import GraphoptError
 @pytest.mark.parametrize(
     "plan",
     [
-        LinearPlan(4096, 11008, 3, 64, True, "bfloat16", "float32", 2, 2, 2, 4, 3, 4, paired=True, epilogue="mul(acc, acc2)"),
+        LinearPlan(
+            4096, 11008, 3, 64, True, "bfloat16", "float32", 2, 2, 2, 4, 3, 4, paired=True, epilogue="mul(acc, acc2)"
+        ),
         Int8Plan(100, 300, by_token=False, zero_points=True, signed=False, columns=4, column_warps=2),
         RowPlan(1024, norm="layer", affine="fma(x, v0, v1)", block=256, signs=True, output="int8", per_thread=16),
         DequantizePlan(64, 64, 2, 32),

@@ -71,7 +71,11 @@ def _edited(case: Case, pattern: str, new: str) -> str:
     ("pattern", "new", "said"),
     [
         (r"(st\.global\.u16 \[%rd\d+)\]", r"\1+100000]", "outside of every buffer"),
-        (r"(ld\.global\.nc\.L1::no_allocate\.v4\.u32 \{[^}]*\}, \[%rd\d+)\]", r"\1+4]", "an access of 16 bytes is not aligned"),
+        (
+            r"(ld\.global\.nc\.L1::no_allocate\.v4\.u32 \{[^}]*\}, \[%rd\d+)\]",
+            r"\1+4]",
+            "an access of 16 bytes is not aligned",
+        ),
         (r"(st\.shared[.\w]*\s+\[%r\d+)(?:\+-?\d+)?\]", r"\1+900000]", "outside of shared memory"),
     ],
 )
@@ -177,7 +181,10 @@ def test_bit_fields_and_selected_bytes() -> None:
     assert function(("bfe", "u32"))(np.uint32([0xABCD1234]), np.uint32([8]), np.uint32([12]))[0] == 0xD12
     assert function(("bfe", "s32"))(np.uint32([0x00000F00]), np.uint32([8]), np.uint32([4]))[0] == 0xFFFFFFFF
     assert function(("bfi", "b32"))(np.uint32([0xF]), np.uint32([0]), np.uint32([4]), np.uint32([4]))[0] == 0xF0
-    assert function(("prmt", "b32"))(np.uint32([0x33221100]), np.uint32([0x77665544]), np.uint32([0x7531]))[0] == 0x77553311
+    assert (
+        function(("prmt", "b32"))(np.uint32([0x33221100]), np.uint32([0x77665544]), np.uint32([0x7531]))[0]
+        == 0x77553311
+    )
     assert function(("prmt", "b32"))(np.uint32([0x80]), np.uint32([0]), np.uint32([0x8888]))[0] == 0xFFFFFFFF
     assert function(("shf", "l", "wrap", "b32"))(np.uint32([0x80000000]), np.uint32([1]), np.uint32([1]))[0] == 3
     assert function(("lop3", "b32"))(np.uint32([12]), np.uint32([10]), np.uint32([1]), np.uint32([0xEA]))[0] == 9
