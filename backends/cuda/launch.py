@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt.backends.cuda import nvrtc, reference
 from graphopt.backends.cuda.emit import emit
 from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan, is_vector
-from graphopt.backends.cuda.schedule import MOST_TOKENS, chosen, gpu_of
+from graphopt.backends.cuda.schedule import MOST_TOKENS, chosen, gpu_of, prefers_library
 from graphopt.errors import GraphoptError, first_line
 
 _LEAST = (8, 0)  # products of bfloat16s and asynchronous fences
@@ -209,6 +210,8 @@ def int8(
     if tokens == 0:
         return y
     dense = _ready(x, "x", torch.int8 if plan.signed else torch.uint8)
+    if prefers_library(plan, tokens, gpu_of(_index(x.device))):
+        return int8_by_library(plan, dense, x_scale, x_zero_point, weights, scales, row_sums, inputs)
     best = chosen(plan, tokens, gpu_of(_index(x.device)), _architecture(_index(x.device)))
     arguments: dict[str, Tensor | int] = {
         "weights": weights, "scales": scales, "x": dense, "x_scale": _ready(x_scale, "x_scale", _TYPES[plan.dtype]),
@@ -219,6 +222,35 @@ def int8(
     arguments |= _operands(plan, inputs, tokens) | _with_workspace(best, tokens, x.device)
     launch(best, best.grid(tokens), arguments, x.device)
     return y
+
+
+_MATRICES: Any = WeakIdKeyDictionary()  # packed weights of bytes -> as the library reads them
+
+
+def int8_by_library(
+    plan: Int8Plan,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weights: Tensor,
+    scales: Tensor,
+    row_sums: Tensor | None,
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    """Multiply bytes by the library, and dequantize its sums by torch; the unpacked weights are kept."""
+    if weights not in _MATRICES:
+        parts = weights.view(torch.int8).reshape(plan.layout.tiles, plan.layout.chunks, 2, 8, 4, 2, 2, 4)
+        rows_of = parts.permute(0, 6, 3, 1, 4, 2, 5, 7).reshape(-1, plan.layout.padded_k)
+        _MATRICES[weights] = rows_of[: plan.n, : plan.k].contiguous()
+    flat = x.reshape(-1, plan.k)
+    signed = flat if plan.signed else (flat ^ 128).view(torch.int8)
+    total = torch._int_mm(signed, _MATRICES[weights].T)
+    if x_zero_point is not None and row_sums is not None:
+        zero = x_zero_point.reshape(-1, 1).int() - (0 if plan.signed else 128)
+        total = total - zero * row_sums
+    acc = total.float() * x_scale.reshape(-1, 1).float() * scales.view(torch.float32)
+    shaped = [v if is_vector(name) else v.reshape(len(flat), -1) for name, v in zip(plan.inputs, inputs, strict=True)]
+    return reference.finished(plan, {"acc": acc}, shaped, x_scale.dtype).reshape(*x.shape[:-1], plan.n)
 
 
 def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[Tensor]:

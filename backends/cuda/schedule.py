@@ -26,12 +26,15 @@ from graphopt.files import write_text
 Product = TypeVar("Product", LinearPlan, Int8Plan)
 
 MOST_TOKENS = 64  # beyond, weights are dequantized once and multiplied by the library
+LIBRARY_TOKENS = 16  # the library's product of bytes takes more
 _BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LATENCY_S = 8e-7  # from asking for a line to having it, loaded
 _FIXED_S = 2e-6
 _TICKET_S = 1.5e-6  # until the last block has read what the others wrote
 _INSTRUCTIONS = {2: 1.6, 3: 1.75, 4: 1.9, 8: 2.2}  # a weight, with one tile and up to eight tokens
 _BYTE_PRODUCTS = 4096 * 0.6  # of a processor, a clock, as far as mma.sync reaches
+_LIBRARY_PRODUCTS = 4096 * 0.8
+_LIBRARY = "library"
 _TRIED = 12  # schedules that are compiled in search of one without spills
 
 
@@ -134,6 +137,28 @@ def ranked(plan: Product, tokens: int, gpu: Gpu = H200) -> list[Product]:
     return sorted(candidates(plan, tokens), key=lambda each: (estimate(each, tokens, gpu), plan_text(each)))
 
 
+def library_estimate(plan: Int8Plan, tokens: int, gpu: Gpu = H200) -> float:
+    """Return seconds that the library's product and a dequantization of its sums take, by the model."""
+    multiply = plan.n * plan.k * tokens / (gpu.processors * _LIBRARY_PRODUCTS * gpu.clock_hz)
+    read = (plan.n * plan.k + tokens * plan.k + 4 * tokens * plan.n) / gpu.bandwidth
+    return 2 * _FIXED_S + max(multiply, read) + 6 * tokens * plan.n / gpu.bandwidth
+
+
+def prefers_library(plan: Int8Plan, tokens: int, gpu: Gpu) -> bool:
+    """Whether the library's product is faster than any kernel: as measured, else by the model.
+
+    It takes more than 16 tokens, and sizes that are multiples of 8.
+    """
+    if tokens <= LIBRARY_TOKENS or plan.n % 8 or plan.k % 8:
+        return False
+    size = bucket(tokens)
+    measured = dict(_measured(gpu).get(_key(plan, size), {}))
+    theirs = measured.pop(_LIBRARY, None)
+    if theirs is not None and measured:
+        return theirs < min(measured.values())
+    return library_estimate(plan, size, gpu) < estimate(ranked(plan, size, gpu)[0], size, gpu)
+
+
 def fitting(options: Iterable[Product], architecture: str) -> Iterator[Product]:
     """Yield the schedules whose kernels keep everything in registers."""
     for each in options:
@@ -161,17 +186,25 @@ def _chosen(plan: Any, size: int, gpu: Gpu, architecture: str) -> Any:
 
 
 def tune(
-    plan: Product, tokens: int, gpu: Gpu, architecture: str, measure: Callable[[Product], float], most: int = 12
+    plan: Product,
+    tokens: int,
+    gpu: Gpu,
+    architecture: str,
+    measure: Callable[[Product], float],
+    most: int = 12,
+    library: float | None = None,
 ) -> tuple[Product, float]:
     """Measure the model's best candidates, keep their times, and return the fastest with its seconds.
 
-    `measure` gives seconds, or infinity for a plan that does not run.
+    `measure` gives seconds, or infinity for a plan that does not run; `library` the seconds of the library's product.
     """
     size = bucket(tokens)
     options = itertools.islice(fitting(ranked(plan, size, gpu)[: 2 * most], architecture), most)
     by_text = {plan_text(each): each for each in options}
     times = {text: measure(each) for text, each in by_text.items()}
     kept = {text: time for text, time in times.items() if time < float("inf")}
+    if library is not None:
+        kept[_LIBRARY] = library
     everything = _measured(gpu)
     everything[_key(plan, size)] = {**everything.get(_key(plan, size), {}), **kept}
     write_text(cache.folder() / _name(gpu), json.dumps(everything, indent=1, sort_keys=True))

@@ -74,3 +74,18 @@ def test_plans_that_do_not_run_are_not_kept(folder: Path) -> None:
 def test_damaged_measurements_are_none(folder: Path, content: str) -> None:
     (folder / "tuned-NVIDIA-H200.json").write_text(content)
     assert chosen(LinearPlan(256, 256), 1, H200, "90")
+
+
+def test_the_library_multiplies_many_bytes() -> None:
+    plan = Int8Plan(8192, 8192)
+    assert not schedule.prefers_library(plan, 16, H200)
+    assert schedule.prefers_library(plan, 4096, H200)
+    assert not schedule.prefers_library(Int8Plan(8190, 8192), 4096, H200), "it takes multiples of 8 only"
+
+
+@needs_nvrtc
+def test_measured_the_faster_of_library_and_kernel_is_taken(folder: Path) -> None:
+    plan = Int8Plan(256, 256)
+    for library in (0.5, 2.0):
+        tune(plan, 64, H200, "90", lambda each: 1.0, most=2, library=library)
+        assert schedule.prefers_library(plan, 64, H200) is (library < 1)
