@@ -1,0 +1,1 @@
+"""What `tools/bench/cuda.py` measures on a GPU."""
