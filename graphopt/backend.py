@@ -107,10 +107,18 @@ class Observer(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """What a backend offers."""
+    """What a backend offers that writes files for a runtime.
+
+    One that compiles programs to be called in the place of the model offers `compile` instead of `lower`, `run`,
+    `export`, `observer` and `profile`, and need not have targets (`result.compile`).
+
+    Attributes:
+        name: as users call it. targets: runtimes that it lowers for. file: which file of a run directory it measures.
+    """
 
     name: str
     targets: Sequence[Target]
+    file: str
 
     def lower(self, program: Program, path: Path) -> int:
         """Write `program` to `path` atomically and return the opset (or format version)."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.backend import Timing
 from graphopt.backends.cuda.compiled import Compiled
 from graphopt.backends.cuda.partition import partition
 from graphopt.errors import GraphoptError
@@ -22,6 +24,7 @@ class CudaBackend:
 
     name: ClassVar[str] = "cuda"
     targets: ClassVar[Sequence[Target]] = ()
+    file: ClassVar[str] = "model.pt2"
 
     def compile(
         self,
@@ -64,6 +67,20 @@ class CudaBackend:
             size = sum(weight.nbytes for weight in twin.weights.values())
             raise GraphoptError(f"the weights take {size / 1e9:.1f} GB, which {place} does not have free") from error
         return Compiled(twin, place, _TYPES[half] if used else None, regions, kept, notes, graphs, types)
+
+    def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
+        """Compile programs (`.pt2`) that take the same inputs and time them in turns; see `timing.measure`.
+
+        Raises GraphoptError where there is no GPU that runs kernels, or inputs differ.
+        """
+        if not torch.cuda.is_available():
+            raise GraphoptError("there is no GPU here to measure on; run this on the machine that has it")
+        from graphopt.backends.cuda.timing import measure
+
+        compiled = {label: self.compile(Program.load(path), graphs=True) for label, path in paths.items()}
+        if refused := next((note for each in compiled.values() for note in each.notes if "kernel:" in note), ""):
+            raise GraphoptError(refused)
+        return measure(compiled)
 
     @staticmethod
     def _device(name: str | None) -> tuple[torch.device, list[str]]:

@@ -49,6 +49,10 @@ class Compiled:
         outputs = [self._output(i, value) for i, value in enumerate(results)]
         return pytree.tree_unflatten(outputs, self.program.signature.out_spec)
 
+    def captured(self, flat: list[Any]) -> Callable[[], object]:
+        """Return the replay of a CUDA graph that runs on flat inputs, as they lie there; on a GPU only."""
+        return _Graph(self.program.run, [self._input(value) for value in flat]).replay
+
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
@@ -89,6 +93,9 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=side):
             self._results = run(self._inputs)
+
+    def replay(self) -> None:
+        self._graph.replay()
 
     def __call__(self, flat: list[Any]) -> list[Any]:
         for own, given in zip(self._inputs, flat, strict=True):

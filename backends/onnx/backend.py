@@ -51,6 +51,7 @@ class OnnxBackend:
 
     name: ClassVar[str] = "onnx"
     targets: ClassVar[Sequence[Target]] = TARGETS
+    file: ClassVar[str] = "model.onnx"
 
     def lower(self, program: Program, path: Path) -> int:
         """Write `program` to `path` atomically (weights beyond 1.5 GiB to `path.data`) and return the opset."""

@@ -25,10 +25,10 @@ def bench_text(
     model: Path, against: Path | None, backend: str, threads: int, runtimes: Sequence[str] = ()
 ) -> str:
     """Return the measurements as plain text; GraphoptError where a file is missing or does not run."""
-    paths = {"model": model_file(model)}
-    if against is not None:
-        paths["against"] = model_file(against)
     runner = backend_by_name(backend)
+    paths = {"model": model_file(model, runner.file)}
+    if against is not None:
+        paths["against"] = model_file(against, runner.file)
     others = _other_runtimes(runner, runtimes)
     timings = runner.measure(paths, threads)
     head = Text(f"inputs {', '.join(timings['model'].inputs)}; {threads} thread{'s' * (threads > 1)}; runs in turns\n")
@@ -63,16 +63,16 @@ def _other_runtimes(runner: Any, named: Sequence[str]) -> list[str]:
     return found
 
 
-def model_file(path: Path) -> Path:
-    """Return the model that a path means: the file itself, or that of a run directory."""
+def model_file(path: Path, name: str = "model.onnx") -> Path:
+    """Return the model that a path means: the file itself, or the one of this name in a run directory."""
     if not path.exists():
         raise GraphoptError(f"there is no file {path}")
     if not path.is_dir():
         return path
     check_run_directory(path)
-    if not (path / "model.onnx").is_file():
-        raise GraphoptError(f"{path} holds no model.onnx; its report says why (graphopt inspect {path})")
-    return path / "model.onnx"
+    if not (path / name).is_file():
+        raise GraphoptError(f"{path} holds no {name}; its report says why (graphopt inspect {path})")
+    return path / name
 
 
 def types(timings: dict[str, Timing]) -> Table:
