@@ -157,9 +157,7 @@ def title(plan: Plan) -> str:
         case LinearPlan():
             zeros = " zp" if plan.zero_points else ""
             tiles = f"{plan.rows}×{plan.row_warps}×{plan.k_warps}×{plan.k_blocks}, depth {plan.depth}"
-            return (
-                f"W{plan.bits}A16 g{plan.group}{zeros} {plan.dtype} [{plan.n}, {plan.k}] M≤{8 * plan.columns} ({tiles})"
-            )
+            return f"W{plan.bits}A16 g{plan.group}{zeros} {plan.dtype} [{plan.n}, {plan.k}] {8 * plan.columns} tokens a block ({tiles})"
         case Int8Plan():
             tiles = (
                 f"{plan.rows}×{plan.row_warps} by {plan.columns}×{plan.column_warps}, {plan.k_warps}×{plan.k_blocks}"
