@@ -94,7 +94,7 @@ def _printed(path: Path, lines: list[str], number: int) -> str | None:
 
 def run(snippet: Snippet, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the snippet as a script in `folder`; its traceback shows the document's line numbers."""
-    script = folder / f"{snippet.path.stem}.py"
+    script = folder / f"from_{snippet.path.stem}.py"  # a page may have the name of a module
     script.write_text(snippet.source + "\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, script.name]
@@ -173,7 +173,7 @@ def test_good_snippets_pass_and_a_bad_one_fails_at_its_line(sample: Path, tmp_pa
     assert (tmp_path / "written").exists()
     failed = run(bad, tmp_path)
     assert failed.returncode != 0
-    assert 'sample.py", line 23' in failed.stderr
+    assert 'from_sample.py", line 23' in failed.stderr
     assert "NameError" in failed.stderr
 
 

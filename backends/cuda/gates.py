@@ -155,9 +155,9 @@ def title(plan: Plan) -> str:
     """Return what a plan computes, and how, in a few words."""
     match plan:
         case LinearPlan():
-            zeros = " zp" if plan.zero_points else ""
+            form = f"W{plan.bits}A16 g{plan.group}{' zp' * plan.zero_points} {plan.dtype} [{plan.n}, {plan.k}]"
             tiles = f"{plan.rows}×{plan.row_warps}×{plan.k_warps}×{plan.k_blocks}, depth {plan.depth}"
-            return f"W{plan.bits}A16 g{plan.group}{zeros} {plan.dtype} [{plan.n}, {plan.k}] {8 * plan.columns} tokens a block ({tiles})"
+            return f"{form}, {plan.tokens_of_block} tokens a block ({tiles})"
         case Int8Plan():
             tiles = (
                 f"{plan.rows}×{plan.row_warps} by {plan.columns}×{plan.column_warps}, {plan.k_warps}×{plan.k_blocks}"
