@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from graphopt.backend import Timing
 from graphopt.backends.cuda.compiled import Compiled
-from graphopt.backends.cuda.partition import partition
+from graphopt.backends.cuda.partition import partition, products
 from graphopt.errors import GraphoptError
 from graphopt.ir import Program, retype
+from graphopt.progress import Progress, default_progress
 from graphopt.target import Target
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,6 +33,8 @@ class CudaBackend:
         dtype: Literal["float16", "bfloat16"] | None = None,
         device: str | None = None,
         graphs: bool = False,
+        tune: bool = False,
+        progress: Progress | None = None,
     ) -> Compiled:
         """Return a callable that runs `program`, left as it is, with its regions as kernels.
 
@@ -40,6 +43,9 @@ class CudaBackend:
             dtype: of activations around kernels; by default bfloat16 for a program in it, else float16.
             device: where it runs; by default the current GPU, and the CPU where there is none: by torch, to look at it.
             graphs: capture each shape of inputs in a CUDA graph at its first call.
+            tune: measure the schedules of every product for the example's number of tokens; they are remembered, and
+                used by every later run on such a GPU. A few seconds a shape.
+            progress: shows tuning; by default bars where a person is watching.
 
         Raises GraphoptError for a dtype or device that there is not, and where the GPU's memory does not suffice.
         """
@@ -66,6 +72,11 @@ class CudaBackend:
         except torch.OutOfMemoryError as error:
             size = sum(weight.nbytes for weight in twin.weights.values())
             raise GraphoptError(f"the weights take {size / 1e9:.1f} GB, which {place} does not have free") from error
+        if tune and used and place.type == "cuda":
+            from graphopt.backends.cuda.tuning import tune_products
+
+            count = tune_products(products(twin), place, progress or default_progress())
+            notes.append(f"schedules of {count} products were measured")
         return Compiled(twin, place, _TYPES[half] if used else None, regions, kept, notes, graphs, types)
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:

@@ -1,7 +1,8 @@
 """Kernels on a GPU: machine code loaded once, launched on torch's current stream.
 
-A launch allocates its result by torch's allocator and nothing else, and waits for nothing, so that it can be captured
-in a CUDA graph; machine code and workspaces of a plan are made at its first call, which must come before the capture.
+Sizes and devices are checked before (`operators.py`). A launch allocates its result by torch's allocator and nothing
+else, and waits for nothing, so that it can be captured in a CUDA graph; machine code and workspaces of a plan are made
+at its first call, which must come before the capture.
 """
 
 from __future__ import annotations
@@ -136,23 +137,15 @@ def _with_workspace(plan: LinearPlan | Int8Plan, tokens: int, device: torch.devi
     return {"partial": partial, "tickets": tickets}
 
 
-def _operands(plan: LinearPlan | Int8Plan, inputs: Sequence[Tensor], tokens: int) -> dict[str, Tensor]:
-    """Return what the epilogue reads, dense and of the right sizes."""
-    found = {}
-    for name, value in zip(plan.inputs, inputs, strict=True):
-        wanted = plan.outputs if is_vector(name) else tokens * plan.outputs
-        if value.numel() != wanted:
-            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {wanted} elements")
-        found[name] = _ready(value, name, _TYPES[plan.dtype])
-    return found
+def _operands(plan: LinearPlan | Int8Plan | RowPlan, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what expressions read, dense."""
+    return {name: _ready(value, name, _TYPES[plan.dtype]) for name, value in zip(plan.inputs, inputs, strict=True)}
 
 
 def linear(
     plan: LinearPlan, x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor]
 ) -> Tensor:
     """Return y [..., outputs] for x [..., k]; the schedule is chosen for the number of tokens."""
-    if x.shape[-1] != plan.k:
-        raise GraphoptError(f"the kernel reads rows of {plan.k}, not a tensor of shape {list(x.shape)}")
     shape = [*x.shape[:-1], plan.outputs]
     tokens = x.numel() // plan.k
     if tokens == 0:
@@ -165,7 +158,7 @@ def linear(
     arguments: dict[str, Tensor | int] = {"weights": weights, "scales": scales, "x": dense, "y": y, "tokens": tokens}
     if zeros is not None:
         arguments["zeros"] = zeros
-    arguments |= _operands(plan, inputs, tokens) | _with_workspace(best, tokens, x.device)
+    arguments |= _operands(plan, inputs) | _with_workspace(best, tokens, x.device)
     launch(best, best.grid(tokens), arguments, x.device)
     return y
 
@@ -203,8 +196,6 @@ def int8(
     inputs: Sequence[Tensor],
 ) -> Tensor:
     """Return y [..., n] for codes x [..., k]."""
-    if x.shape[-1] != plan.k:
-        raise GraphoptError(f"the kernel reads rows of {plan.k}, not a tensor of shape {list(x.shape)}")
     tokens = x.numel() // plan.k
     y = torch.empty([*x.shape[:-1], plan.n], dtype=x_scale.dtype, device=x.device)
     if tokens == 0:
@@ -219,7 +210,7 @@ def int8(
     }  # fmt: skip
     if x_zero_point is not None and row_sums is not None:
         arguments |= {"x_zero_point": _ready(x_zero_point, "x_zero_point"), "row_sums": row_sums}
-    arguments |= _operands(plan, inputs, tokens) | _with_workspace(best, tokens, x.device)
+    arguments |= _operands(plan, inputs) | _with_workspace(best, tokens, x.device)
     launch(best, best.grid(tokens), arguments, x.device)
     return y
 
@@ -256,15 +247,8 @@ def int8_by_library(
 def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[Tensor]:
     """Return what the kernel writes, in the order of its parameters."""
     x = inputs[0]
-    if x.shape[-1] != plan.n:
-        raise GraphoptError(f"the kernel reads rows of {plan.n}, not a tensor of shape {list(x.shape)}")
     tokens = x.numel() // plan.n
-    arguments: dict[str, Tensor | int] = {}
-    for name, value in zip(plan.inputs, inputs, strict=True):
-        wanted = plan.n if is_vector(name) else tokens * plan.n
-        if value.numel() != wanted:
-            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {wanted} elements")
-        arguments[name] = _ready(value, name, _TYPES[plan.dtype])
+    arguments: dict[str, Tensor | int] = {**_operands(plan, inputs)}
     if signs is not None:
         arguments["signs"] = signs
     written = _results(plan, x)

@@ -11,6 +11,16 @@ from graphopt.backends.cuda.layouts import TILE
 from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan
 
 
+def sizes(plan: LinearPlan | DequantizePlan | Int8Plan) -> dict[str, int]:
+    """Return how many elements the packed arrays of a plan have, by name."""
+    if isinstance(plan, Int8Plan):
+        found = {"weights": plan.layout.tiles * plan.layout.chunks * 256, "scales": plan.n}
+        return {**found, "row_sums": plan.n} if plan.zero_points else found
+    places = plan.layout.tiles * plan.groups * 8  # two rows each
+    found = {"weights": plan.layout.total_words, "scales": places * (2 if plan.scale_dtype == "float32" else 1)}
+    return {**found, "zeros": places} if plan.zero_points else found
+
+
 def pack_linear(
     plan: LinearPlan | DequantizePlan,
     codes: NDArray[Any],

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphopt.backends.cuda import reference
-from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan, read_plan
+from graphopt.backends.cuda.operands import sizes
+from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan, is_vector, read_plan
 from graphopt.errors import GraphoptError
 
 LIBRARY = torch.library.Library("graphopt", "FRAGMENT")
@@ -105,6 +107,54 @@ def _check_inner(x: Tensor, size: int) -> None:
         raise GraphoptError(f"the kernel reads rows of {size}, not a tensor of shape {list(x.shape)}")
 
 
+def _check(x: Tensor, plan: LinearPlan | Int8Plan, inputs: Sequence[Tensor], **packed: Tensor | None) -> None:
+    """Refuse what a kernel would read beyond, or on another device: an archive may hold anything."""
+    _check_inner(x, plan.k)
+    wanted = sizes(plan)
+    for name, tensor in packed.items():
+        count, elements = wanted.get(name, 0), 0 if tensor is None else tensor.numel()
+        if count != elements:
+            raise GraphoptError(f"{name} has {elements} elements; the kernel reads {count}")
+    _check_rest(x, plan.inputs, inputs, plan.outputs, [each for each in packed.values() if each is not None])
+
+
+def _check_rest(
+    x: Tensor, names: Sequence[str], inputs: Sequence[Tensor], width: int, others: Sequence[Tensor]
+) -> None:
+    if len(names) != len(inputs):
+        raise GraphoptError(f"the kernel reads {len(names)} operands, not {len(inputs)}")
+    tokens = x.numel() // max(x.shape[-1], 1)
+    for name, value in zip(names, inputs, strict=True):
+        wanted = width if is_vector(name) else tokens * width
+        if value.numel() != wanted:
+            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {wanted} elements")
+    if elsewhere := [each.device for each in (*inputs, *others) if each.device != x.device]:
+        raise GraphoptError(f"x is on {x.device} and an operand on {elsewhere[0]}; move them to one device")
+
+
+def _check_int8(
+    plan: Int8Plan, x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, inputs: Sequence[Tensor], **packed: Any
+) -> None:
+    _check(x, plan, inputs, **packed)
+    count = x.numel() // plan.k if plan.by_token else 1
+    kind = torch.int8 if plan.signed else torch.uint8
+    if x.dtype != kind or (x_zero_point is None) is plan.zero_points:
+        raise GraphoptError(
+            f"the kernel reads {kind} {'with' if plan.zero_points else 'without'} zero points, not {x.dtype}"
+        )
+    for name, value in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
+        if value is not None and value.numel() != count:
+            raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {count} elements")
+    _check_rest(x, (), (), plan.n, [each for each in (x_scale, x_zero_point) if each is not None])
+
+
+def _check_rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> None:
+    _check_inner(inputs[0], plan.n)
+    _check_rest(inputs[0], plan.inputs, inputs, plan.n, [] if signs is None else [signs])
+    if (0 if signs is None else signs.numel()) != (plan.n // 8 if plan.signs else 0):
+        raise GraphoptError(f"the kernel reads {plan.n // 8 if plan.signs else 'no'} bytes of signs")
+
+
 # Values ----------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +162,7 @@ def _linear_on_cpu(
     x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor], plan: str
 ) -> Tensor:
     found = _as_linear(plan)
-    _check_inner(x, found.k)
+    _check(x, found, inputs, weights=weights, scales=scales, zeros=zeros)
     return reference.linear(found, x, weights, scales, zeros, inputs).contiguous()
 
 
@@ -127,13 +177,13 @@ def _int8_on_cpu(
     plan: str,
 ) -> Tensor:
     found = _as_int8(plan)
-    _check_inner(x, found.k)
+    _check_int8(found, x, x_scale, x_zero_point, inputs, weights=weights, scales=scales, row_sums=row_sums)
     return reference.int8(found, x, x_scale, x_zero_point, weights, scales, inputs).contiguous()
 
 
 def _rows_on_cpu(inputs: Sequence[Tensor], signs: Tensor | None, plan: str) -> list[Tensor]:
     found = _as_rows(plan)
-    _check_inner(inputs[0], found.n)
+    _check_rows(found, inputs, signs)
     return [each.contiguous() for each in reference.rows(found, inputs, signs)]
 
 
@@ -142,7 +192,9 @@ def _linear_on_gpu(
 ) -> Tensor:
     from graphopt.backends.cuda.launch import linear
 
-    return linear(_as_linear(plan), x, weights, scales, zeros, inputs)
+    found = _as_linear(plan)
+    _check(x, found, inputs, weights=weights, scales=scales, zeros=zeros)
+    return linear(found, x, weights, scales, zeros, inputs)
 
 
 def _int8_on_gpu(
@@ -157,13 +209,17 @@ def _int8_on_gpu(
 ) -> Tensor:
     from graphopt.backends.cuda.launch import int8
 
-    return int8(_as_int8(plan), x, x_scale, x_zero_point, weights, scales, row_sums, inputs)
+    found = _as_int8(plan)
+    _check_int8(found, x, x_scale, x_zero_point, inputs, weights=weights, scales=scales, row_sums=row_sums)
+    return int8(found, x, x_scale, x_zero_point, weights, scales, row_sums, inputs)
 
 
 def _rows_on_gpu(inputs: Sequence[Tensor], signs: Tensor | None, plan: str) -> list[Tensor]:
     from graphopt.backends.cuda.launch import rows
 
-    return rows(_as_rows(plan), inputs, signs)
+    found = _as_rows(plan)
+    _check_rows(found, inputs, signs)
+    return rows(found, inputs, signs)
 
 
 for _name, _cpu, _gpu in (

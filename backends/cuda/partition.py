@@ -12,8 +12,9 @@ the program did, up to roundings between the operators of a region, which are le
 
 from __future__ import annotations
 
+import math
 import operator as python_operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -22,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from graphopt.analysis.cost import size_hint
 from graphopt.backends.cuda import operators
 from graphopt.backends.cuda.arithmetic import Float16
 from graphopt.backends.cuda.expressions import renamed
 from graphopt.backends.cuda.layouts import BITS, chunk_for
 from graphopt.backends.cuda.operands import pack_int8, pack_linear, pack_signs, paired_rows
-from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan, is_vector, plan_text
+from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan, is_vector, plan_text, read_plan
 from graphopt.ir import Changes, Program, Rewriter, arguments, is_floating, operator
 from graphopt.quantization.grids import IntegerGrid, grid
 
@@ -44,6 +46,17 @@ def partition(program: Program, dtype: Float16) -> Changes:
     _Linears(rewriter, dtype).rewrite()
     _Rows(rewriter, dtype).rewrite()
     return rewriter.finish()
+
+
+def products(program: Program) -> Iterator[tuple[LinearPlan | Int8Plan, int]]:
+    """Yield (plan, tokens of the example) of each product that is a kernel."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in (operators.LINEAR, operators.INT8_LINEAR):
+            shape = node.args[0].meta["val"].shape
+            yield (
+                cast(LinearPlan | Int8Plan, read_plan(node.args[-1])),
+                math.prod(size_hint(each) for each in shape[:-1]),
+            )
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

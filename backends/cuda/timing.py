@@ -1,10 +1,12 @@
+# torch leaves streams and events untyped.
+# mypy: disable-error-code="no-untyped-call"
 """How long programs take on a GPU: replays of CUDA graphs in turns, and the kernels that the time goes into."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,39 @@ if TYPE_CHECKING:
 
 _RUNS = 50
 _PROFILED = 5
+_LAUNCHES = 20  # of a graph
+_CACHE_BYTES = 180e6  # three times the second cache of the largest GPU so far
+
+
+def copies_of(weight_bytes: float) -> int:
+    """Return how many copies of a weight take turns, so that none is still in the cache when its turn comes."""
+    return min(int(_CACHE_BYTES / max(weight_bytes, 1)) + 2, 64)
+
+
+def replayed(calls: Sequence[Callable[[], object]], replays: int = _RUNS) -> float:
+    """Return median seconds of a call, the calls taking turns in one graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:3]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    count = max(_LAUNCHES, len(calls))
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(count):
+            calls[i % len(calls)]()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) * 1e-3 / count)
+    return statistics.median(times)
 
 
 def measure(compiled: Mapping[str, Compiled]) -> dict[str, Timing]:
@@ -34,7 +69,7 @@ def measure(compiled: Mapping[str, Compiled]) -> dict[str, Timing]:
     times: dict[str, list[float]] = {label: [] for label in graphs}
     for _ in range(_RUNS):
         for label, replay in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             replay()
             end.record()
@@ -69,4 +104,3 @@ def _shown(value: Any) -> str:
     # Of floats the program decides in which type they come.
     kind = "float" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
     return f"{kind}{list(value.shape)}"
-

@@ -11,11 +11,12 @@ import pytest
 import torch
 from cuda_kernels import Case
 
-from graphopt.backends.cuda import arithmetic, launch, nvrtc, ptx
+from graphopt.backends.cuda import arithmetic, launch, nvrtc, ptx, tuning
 from graphopt.backends.cuda.emit import emit
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan
-from graphopt.backends.cuda.schedule import H200
+from graphopt.backends.cuda.schedule import H200, ranked
 from graphopt.errors import GraphoptError
+from graphopt.progress import Silent
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 
@@ -183,5 +184,33 @@ def test_operands_are_made_dense_and_aligned() -> None:
     assert off.data_ptr() % 16 and launch._ready(off, "x").data_ptr() % 16 == 0
     with pytest.raises(GraphoptError, match=r"x is torch.float32; the kernel was generated for torch.float16"):
         launch._ready(x.float(), "x", torch.float16)
-    with pytest.raises(GraphoptError, match=r"in0 has the shape \[3, 8\]; the kernel reads 16 elements"):
-        launch._operands(Int8Plan(8, 8, epilogue="add(acc, in0)"), [torch.zeros(3, 8).half()], 2)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "plan",
+    [
+        LinearPlan(48, 256, 2, 64, True, "bfloat16", "float32", epilogue="add(mul(acc, in0), v0)"),
+        LinearPlan(48, 256, 8, 0, paired=True, epilogue="mul(acc, acc2)"),
+        Int8Plan(48, 256, signed=False, zero_points=True, epilogue="add(acc, in0)"),
+        Int8Plan(48, 256, by_token=False),
+    ],
+    ids=str,
+)
+def test_trials_give_kernels_what_they_take(plan: LinearPlan | Int8Plan, interpreted: list[Plan]) -> None:
+    trial = tuning.Trial(plan, 3, torch.device("cpu"))
+    for each in ranked(plan, 3)[:2]:
+        calls = trial.calls(each)
+        assert len(calls) > 1
+        calls[0]()
+        assert interpreted[-1] == each
+    assert trial.given["y"].isfinite().all() and trial.bytes > 48 * 256 * 2 / 8
+
+
+def test_each_product_is_tuned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, int]] = []
+    monkeypatch.setattr(tuning, "tuned", lambda plan, tokens, device: seen.append((plan, tokens)))
+    small, other = LinearPlan(32, 64), LinearPlan(48, 64)
+    products: list[tuple[LinearPlan | Int8Plan, int]] = [(small, 1), (small, 1), (small, 3), (small, 8), (other, 1)]
+    assert tuning.tune_products(products, torch.device("cpu"), Silent()) == 3
+    assert seen == [(small, 1), (small, 8), (other, 1)]

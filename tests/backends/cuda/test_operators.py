@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_kernels import Case
 
-from graphopt.backends.cuda import arithmetic
+from graphopt.backends.cuda import arithmetic, operators
 from graphopt.backends.cuda.operators import INT8_LINEAR, LINEAR, ROWS
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan, plan_text
 from graphopt.errors import GraphoptError
@@ -104,3 +104,35 @@ def test_a_plan_of_another_kind_is_one_sentence() -> None:
         operator(*arguments[:-1], plan_text(RowPlan(64)))
     with pytest.raises(GraphoptError, match="this is no plan of a kernel"):
         operator(*arguments[:-1], "{}")
+
+
+def _changed(arguments: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+    return (*arguments[:at], value, *arguments[at + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("of", "at", "value", "said"),
+    [
+        (0, 1, torch.zeros(7, dtype=torch.int32), "weights has 7 elements; the kernel reads"),
+        (0, 2, torch.zeros(0, dtype=torch.int32), "scales has 0 elements"),
+        (0, 3, None, "zeros has 0 elements"),
+        (0, 4, [], "reads 1 operands, not 0"),
+        (0, 4, [torch.zeros(3, dtype=torch.float16)], r"v0 has the shape \[3\]; the kernel reads 24 elements"),
+        (2, 0, torch.zeros(5, 300), "reads torch.int8 with zero points, not torch.float32"),
+        (2, 1, torch.zeros(4, 1), r"x_scale has the shape \[4, 1\]; the kernel reads 5 elements"),
+        (2, 2, None, "with zero points"),
+        (2, 5, torch.zeros(3, dtype=torch.int32), "row_sums has 3 elements; the kernel reads 37"),
+        (4, 0, [torch.zeros(4, 256), torch.zeros(3, 256), torch.zeros(256)], r"in1 has the shape \[3, 256\]"),
+        (5, 1, torch.zeros(31, dtype=torch.uint8), "reads 32 bytes of signs"),
+    ],
+)  # fmt: skip
+def test_operands_that_do_not_fit_the_plan_are_refused(of: int, at: int, value: Any, said: str) -> None:
+    """An archive from elsewhere may hold any tensors beside a plan: nothing is read beyond their ends."""
+    operator, arguments, _ = _call(*_PLANS[of])
+    with pytest.raises(GraphoptError, match=said):
+        operator(*_changed(arguments, at, value))
+
+
+def test_operands_on_another_device_are_refused() -> None:
+    with pytest.raises(GraphoptError, match="x is on cpu and an operand on meta; move them to one device"):
+        operators._check_rest(torch.zeros(2, 8), (), (), 8, [torch.zeros(3, device="meta")])

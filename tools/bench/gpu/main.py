@@ -139,7 +139,7 @@ class Measuring:
     def ceilings(self) -> None:
         import torch
 
-        from gpu.clock import replayed
+        from graphopt.backends.cuda.timing import replayed
 
         halves = [torch.randn(1 << 28, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
         target = torch.empty_like(halves[0])
@@ -147,7 +147,7 @@ class Measuring:
         self.found["copy bytes a second"] = 2 * halves[0].nbytes / seconds
 
     def _peer(self, make: Callable[[], Any]) -> float | str:
-        from gpu.clock import replayed
+        from graphopt.backends.cuda.timing import replayed
 
         try:
             return replayed(make(), replays=30)
@@ -157,9 +157,10 @@ class Measuring:
     def linears(self) -> None:
         import torch
 
-        from gpu.clock import copies_of, eager, replayed
+        from gpu.clock import eager
         from gpu.peers import WEIGHT_ONLY, bfloat16
         from gpu.tasks import linear, schedule
+        from graphopt.backends.cuda.timing import copies_of, replayed
 
         rows = self.found["linears"] = []
         for bits, n, k, tokens in _LINEARS:
@@ -183,10 +184,10 @@ class Measuring:
     def rows(self) -> None:
         import torch
 
-        from gpu.clock import copies_of, replayed
         from gpu.tasks import norm_by_torch, rows
         from graphopt.backends.cuda.gates import title
         from graphopt.backends.cuda.plan import RowPlan
+        from graphopt.backends.cuda.timing import copies_of, replayed
 
         found = self.found["rows"] = []
         plans = [
@@ -213,9 +214,9 @@ class Measuring:
     def bytes(self) -> None:
         import torch
 
-        from gpu.clock import copies_of, replayed
         from gpu.peers import bfloat16, int_mm, scaled_mm
         from gpu.tasks import int8, schedule
+        from graphopt.backends.cuda.timing import copies_of, replayed
 
         found = self.found["bytes"] = []
         for n, k, tokens in _BYTES:
@@ -234,8 +235,8 @@ class Measuring:
             torch.cuda.empty_cache()
 
     def layer(self) -> None:
-        from gpu.clock import replayed
         from gpu.tasks import decode_layer
+        from graphopt.backends.cuda.timing import replayed
 
         if self._time_for("a decoder layer"):
             plain, kernels = decode_layer()

@@ -3,89 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional
 
-from gpu.clock import copies_of, replayed
 from gpu.peers import GROUP, Calls
 from graphopt.backends.cuda import launch
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan
-from graphopt.backends.cuda.schedule import gpu_of, tune
-
-_WORDS = torch.int32
-
-
-def _gpu() -> tuple[Any, str, torch.device]:
-    index = torch.cuda.current_device()
-    return gpu_of(index), launch._architecture(index), torch.device("cuda", index)
+from graphopt.backends.cuda.timing import copies_of
+from graphopt.backends.cuda.tuning import tuned
 
 
-def linear(bits: Literal[2, 3, 4, 8], n: int, k: int, tokens: int, tuned: int) -> tuple[LinearPlan, Calls, float]:
-    """Return the fastest plan of `tuned` that were tried, its calls, and the bytes that one moves."""
-    gpu, architecture, device = _gpu()
-    plan = LinearPlan(n, k, bits, GROUP)
-    layout = plan.layout
-    weight_bytes = layout.total_words * 4 + layout.tiles * 16 * plan.groups * 2
-    count = copies_of(weight_bytes)
-    x = torch.randn(tokens, k, dtype=torch.float16, device=device)
-    weights = [
-        torch.randint(-(2**31), 2**31 - 1, (layout.total_words,), dtype=_WORDS, device=device) for _ in range(count)
-    ]
-    scales = torch.full((layout.tiles * 8 * plan.groups,), 0x20002000, dtype=_WORDS, device=device)
-    y = torch.empty(tokens, n, dtype=torch.float16, device=device)
-
-    def calls(each: LinearPlan) -> Calls:
-        space = launch._with_workspace(each, tokens, device)
-        given: dict[str, Any] = {"scales": scales, "x": x, "y": y, "tokens": tokens, **space}
-        grid = each.grid(tokens)
-        return [partial(launch.launch, each, grid, {**given, "weights": w}, device) for w in weights]
-
-    best, _ = tune(plan, tokens, gpu, architecture, _seconds(calls), tuned)
-    return best, calls(best), weight_bytes + tokens * (k + n) * 2
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def int8(n: int, k: int, tokens: int, tuned: int, library: float | None) -> tuple[Int8Plan, Calls, float]:
+def linear(bits: Literal[2, 3, 4, 8], n: int, k: int, tokens: int, most: int) -> tuple[LinearPlan, Calls, float]:
+    """Return the fastest plan of `most` that are tried, its calls, and the bytes that one moves."""
+    best, trial = tuned(LinearPlan(n, k, bits, GROUP), tokens, _device(), most)
+    return best, trial.calls(best), trial.bytes
+
+
+def int8(n: int, k: int, tokens: int, most: int, library: float | None) -> tuple[Int8Plan, Calls, float]:
     """The same of bytes; `library`: seconds of the library's product, remembered beside."""
-    gpu, architecture, device = _gpu()
-    plan = Int8Plan(n, k)
-    layout = plan.layout
-    words = layout.tiles * layout.chunks * 256
-    x = torch.randint(-128, 128, (tokens, k), dtype=torch.int8, device=device)
-    x_scale = torch.rand(tokens, 1, device=device).half()
-    scales = torch.rand(n, device=device)
-    weights = [
-        torch.randint(-(2**31), 2**31 - 1, (words,), dtype=_WORDS, device=device) for _ in range(copies_of(words * 4))
-    ]
-    y = torch.empty(tokens, n, dtype=torch.float16, device=device)
-
-    def calls(each: Int8Plan) -> Calls:
-        space = launch._with_workspace(each, tokens, device)
-        given: dict[str, Any] = {"scales": scales, "x": x, "x_scale": x_scale, "y": y, "tokens": tokens, **space}
-        grid = each.grid(tokens)
-        return [partial(launch.launch, each, grid, {**given, "weights": w}, device) for w in weights]
-
-    best, _ = tune(plan, tokens, gpu, architecture, _seconds(calls), tuned, library)
-    return best, calls(best), words * 4 + tokens * (k + 2 * n)
-
-
-def _seconds(calls: Callable[[Any], Calls]) -> Callable[[Any], float]:
-    def measure(plan: Any) -> float:
-        try:
-            return replayed(calls(plan), replays=7)
-        except Exception:  # a plan that this GPU does not take: another will do
-            torch.cuda.synchronize()
-            return float("inf")
-
-    return measure
+    best, trial = tuned(Int8Plan(n, k), tokens, _device(), most, library)
+    return best, trial.calls(best), trial.bytes
 
 
 def rows(plan: RowPlan, tokens: int) -> tuple[Calls, float]:
     """Return calls of a row kernel on inputs that take turns, and the bytes that one moves."""
-    device = _gpu()[2]
+    device = _device()
     kind = torch.float16 if plan.dtype == "float16" else torch.bfloat16
     whole = [name for name in plan.inputs if name.startswith("in")]
     vectors = {name: torch.randn(plan.n, dtype=kind, device=device) for name in plan.inputs if name not in whole}
