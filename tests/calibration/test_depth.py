@@ -31,6 +31,7 @@ def _peak(depth: int) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak as Linux gives it")
 def test_the_peak_does_not_grow_with_depth() -> None:
     """Sixteen layers more, of 32 MiB of activations each, cost less than two of them."""

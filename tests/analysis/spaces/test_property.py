@@ -38,7 +38,7 @@ def _fibres(fibres: tuple[int, ...], planted: Symmetric) -> bool:
 
 
 @given(models())
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=9, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_planted_symmetries_are_found_and_all_found_are_true(planted: Planted) -> None:
     program = planted.program()
     Canonicalize().run(program, CONTEXT)

@@ -111,7 +111,7 @@ def _duplicates(program: Program) -> list[str]:
 
 
 # Shrinking a failure would export a model hundreds of times.
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=7, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 2**16),
     steps=st.lists(st.sampled_from(sorted(_STEPS)), min_size=1, max_size=8),

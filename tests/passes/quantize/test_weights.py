@@ -158,7 +158,7 @@ def small_decoder() -> Program:
     return capture(Decoder().eval(), (torch.randint(11, (2, 5)),))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=14, deadline=None)
 @given(
     st.sampled_from([name for name, form in known_grids().items() if form.bits <= 8]),
     st.sampled_from([0, -1, 5, 64]),
