@@ -56,8 +56,29 @@ class Field:
     width: int
 
 
+class _Tiled:
+    """Sizes that layouts have in common, made of their fields."""
+
+    n: int
+    k: int
+    chunk: int
+    unit: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // TILE)
+
+    @property
+    def padded_k(self) -> int:
+        return -(-self.k // self.unit) * self.unit
+
+    @property
+    def chunks(self) -> int:
+        return self.padded_k // self.chunk
+
+
 @dataclass(frozen=True)
-class WeightLayout:
+class WeightLayout(_Tiled):
     """A matrix [n, k] of `bits`-bit codes.
 
     Attributes:
@@ -79,18 +100,6 @@ class WeightLayout:
             raise ValueError(f"no layout of {self.bits} bits in chunks of {self.chunk} and spans of {self.span}")
         if self.span not in (16, 32) or self.unit % self.chunk or min(self.n, self.k) < 1:
             raise ValueError(f"no layout for [{self.n}, {self.k}] in units of {self.unit} and spans of {self.span}")
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.n // TILE)
-
-    @property
-    def padded_k(self) -> int:
-        return -(-self.k // self.unit) * self.unit
-
-    @property
-    def chunks(self) -> int:
-        return self.padded_k // self.chunk
 
     @property
     def steps(self) -> int:
@@ -236,7 +245,7 @@ def span_for(group: int) -> int:
 
 
 @dataclass(frozen=True)
-class ByteLayout:
+class ByteLayout(_Tiled):
     """A matrix [n, k] of signed bytes, multiplied as they are: registers of operand A of m16n8k32, in the lanes' order.
 
     A lane reads four words for each of the two steps of a chunk of 64 inputs, and 16 neighbouring bytes of x:
@@ -249,18 +258,6 @@ class ByteLayout:
 
     chunk = unit = 64
     words = 8
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.n // TILE)
-
-    @property
-    def padded_k(self) -> int:
-        return -(-self.k // self.unit) * self.unit
-
-    @property
-    def chunks(self) -> int:
-        return self.padded_k // self.chunk
 
     def place(self, n: Indices, k: Indices) -> tuple[Indices, Indices]:
         """Return (word, byte) of the codes at (n, k); n and k have one shape."""

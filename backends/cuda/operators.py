@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backends.cuda import reference
+from graphopt.backends.cuda import launch, reference
 from graphopt.backends.cuda.operands import sizes
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan, is_vector, read_plan
 from graphopt.errors import GraphoptError
@@ -158,15 +158,16 @@ def _check_rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -
 # Values ----------------------------------------------------------------------------------------------------------
 
 
-def _linear_on_cpu(
+def _linear(
     x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor], plan: str
 ) -> Tensor:
     found = _as_linear(plan)
     _check(x, found, inputs, weights=weights, scales=scales, zeros=zeros)
-    return reference.linear(found, x, weights, scales, zeros, inputs).contiguous()
+    y: Tensor = _home(x).linear(found, x, weights, scales, zeros, inputs)
+    return y
 
 
-def _int8_on_cpu(
+def _int8(
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor | None,
@@ -178,57 +179,25 @@ def _int8_on_cpu(
 ) -> Tensor:
     found = _as_int8(plan)
     _check_int8(found, x, x_scale, x_zero_point, inputs, weights=weights, scales=scales, row_sums=row_sums)
-    return reference.int8(found, x, x_scale, x_zero_point, weights, scales, inputs).contiguous()
+    y: Tensor = _home(x).int8(found, x, x_scale, x_zero_point, weights, scales, row_sums, inputs)
+    return y
 
 
-def _rows_on_cpu(inputs: Sequence[Tensor], signs: Tensor | None, plan: str) -> list[Tensor]:
+def _rows(inputs: Sequence[Tensor], signs: Tensor | None, plan: str) -> list[Tensor]:
     found = _as_rows(plan)
     _check_rows(found, inputs, signs)
-    return [each.contiguous() for each in reference.rows(found, inputs, signs)]
+    made: list[Tensor] = _home(inputs[0]).rows(found, inputs, signs)
+    return made
 
 
-def _linear_on_gpu(
-    x: Tensor, weights: Tensor, scales: Tensor, zeros: Tensor | None, inputs: Sequence[Tensor], plan: str
-) -> Tensor:
-    from graphopt.backends.cuda.launch import linear
-
-    found = _as_linear(plan)
-    _check(x, found, inputs, weights=weights, scales=scales, zeros=zeros)
-    return linear(found, x, weights, scales, zeros, inputs)
+def _home(x: Tensor) -> Any:
+    """Return who computes: the kernels, or torch in their place."""
+    return launch if x.is_cuda else reference
 
 
-def _int8_on_gpu(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    weights: Tensor,
-    scales: Tensor,
-    row_sums: Tensor | None,
-    inputs: Sequence[Tensor],
-    plan: str,
-) -> Tensor:
-    from graphopt.backends.cuda.launch import int8
-
-    found = _as_int8(plan)
-    _check_int8(found, x, x_scale, x_zero_point, inputs, weights=weights, scales=scales, row_sums=row_sums)
-    return int8(found, x, x_scale, x_zero_point, weights, scales, row_sums, inputs)
-
-
-def _rows_on_gpu(inputs: Sequence[Tensor], signs: Tensor | None, plan: str) -> list[Tensor]:
-    from graphopt.backends.cuda.launch import rows
-
-    found = _as_rows(plan)
-    _check_rows(found, inputs, signs)
-    return rows(found, inputs, signs)
-
-
-for _name, _cpu, _gpu in (
-    ("cuda_linear", _linear_on_cpu, _linear_on_gpu),
-    ("cuda_int8_linear", _int8_on_cpu, _int8_on_gpu),
-    ("cuda_rows", _rows_on_cpu, _rows_on_gpu),
-):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _gpu, "CUDA")
+for _name, _function in {"cuda_linear": _linear, "cuda_int8_linear": _int8, "cuda_rows": _rows}.items():
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _function, _key)
 
 LINEAR = torch.ops.graphopt.cuda_linear.default
 INT8_LINEAR = torch.ops.graphopt.cuda_int8_linear.default

@@ -53,7 +53,7 @@ def finished(
 ) -> Tensor:
     """Apply the epilogue to sums."""
     values = {name: value.float() for name, value in zip(plan.inputs, inputs, strict=True)}
-    return computed(plan.epilogue, {**values, **sums}, dtype).to(dtype)
+    return computed(plan.epilogue, {**values, **sums}, dtype).to(dtype).contiguous()
 
 
 def int8(
@@ -63,6 +63,7 @@ def int8(
     x_zero_point: Tensor | None,
     weights: Tensor,
     scales: Tensor,
+    row_sums: Tensor | None,
     inputs: Sequence[Tensor],
 ) -> Tensor:
     """Return y [..., n] for codes x [..., k]."""
@@ -78,7 +79,7 @@ def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[
     dtype = inputs[0].dtype
     values = {name: value.float() for name, value in zip(plan.inputs, inputs, strict=True)}
     x = computed(plan.prologue, values, dtype)
-    found = [x.to(dtype)] if plan.keep else []
+    found = [x.to(dtype).contiguous()] if plan.keep else []
     if plan.norm == "layer":
         x = x - x.mean(-1, keepdim=True)
     if plan.norm != "none":
@@ -88,12 +89,12 @@ def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[
     if plan.block:
         x = hadamard(x, None, None if signs is None else _signs(signs, plan.n), plan.block, plan.transpose)
     if plan.output == "half":
-        return [*found, x.to(dtype)]
+        return [*found, x.to(dtype).contiguous()]
     scale, zero = (dynamic_scale if plan.zero_points else _symmetric_scale)(x, -1, -1, plan.output)
     scale = scale.to(dtype)
     zeros = zero if plan.zero_points else None
     codes = quantize(x, scale, zeros, -1, -1, plan.output)
-    return [*found, codes, scale, *([] if zeros is None else [zeros])]
+    return [*found, codes.contiguous(), scale, *([] if zeros is None else [zeros])]
 
 
 def _symmetric_scale(x: Tensor, axis: int, group_size: int, format: str) -> tuple[Tensor, None]:

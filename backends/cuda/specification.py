@@ -228,15 +228,23 @@ def _rotated(plan: RowPlan, x: F32, signs: NDArray[np.bool_] | None) -> F32:
                 both = arithmetic.add(low, high), arithmetic.sub(low, high)
                 blocks = np.stack(both, axis=2).reshape(len(blocks), -1)
         turned.update(held)
-    x = arithmetic.mul(blocks.reshape(x.shape), np.float32(1 / math.sqrt(plan.block)))
+    x = blocks.reshape(x.shape)
+    if plan.output == "half":
+        x = arithmetic.mul(x, _shrink(plan))
     return np.where(signs, arithmetic.neg(x), x) if signs is not None and plan.transpose else x
 
 
+def _shrink(plan: RowPlan) -> np.float32:
+    return np.float32(1 / math.sqrt(plan.block))
+
+
 def _quantized(plan: RowPlan, x: F32) -> dict[str, NDArray[Any]]:
+    """Quantize rows; rotated ones are still √block times too large, and so are range and divisor."""
     least, most = (-128, 127) if plan.output == "int8" else (0, 255)
     if not plan.zero_points:
         sizes = arithmetic.absolute(x).view(np.uint32).max(axis=1, keepdims=True)
         step = arithmetic.div(sizes.view(np.float32), np.float32(127))
+        step = arithmetic.mul(step, _shrink(plan)) if plan.block else step
         step = np.where(step < np.finfo(np.float32).tiny, np.float32(1), step)
         step = np.where(sizes >= 0x7F800000, np.float32(np.nan), step)
     else:
@@ -245,15 +253,17 @@ def _quantized(plan: RowPlan, x: F32) -> dict[str, NDArray[Any]]:
             low = np.concatenate([zeros, x], axis=1).min(axis=1, keepdims=True)
             high = np.concatenate([zeros, x], axis=1).max(axis=1, keepdims=True)
         step = arithmetic.div(arithmetic.sub(high, low), np.float32(255))
+        step = arithmetic.mul(step, _shrink(plan)) if plan.block else step
     scale = arithmetic.narrowed(step, plan.dtype)
     step = arithmetic.widened(scale, plan.dtype)
     if plan.zero_points:
         step = np.where(step == 0, np.float32(1), step)
         scale = arithmetic.narrowed(step, plan.dtype)
-    steps = arithmetic.to_int(arithmetic.div_by(x, step, arithmetic.div(np.float32(1), step)))
+    divisor = arithmetic.div(step, _shrink(plan)) if plan.block else step
+    steps = arithmetic.to_int(arithmetic.div_by(x, divisor, arithmetic.div(np.float32(1), divisor)))
     written: dict[str, NDArray[Any]] = {"scale": scale[:, 0]}
     if plan.zero_points:
-        zero = arithmetic.to_int(arithmetic.sub(np.float32(least), arithmetic.div(low, step))).clip(least, most)
+        zero = arithmetic.to_int(arithmetic.sub(np.float32(least), arithmetic.div(low, divisor))).clip(least, most)
         steps = steps.clip(-512, 512) + zero
         written["zero_point"] = zero[:, 0].astype(np.int16).astype(np.uint8)
     return {**written, "codes": steps.clip(least, most).astype(np.int16).astype(np.uint8)}

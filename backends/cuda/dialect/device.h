@@ -147,6 +147,13 @@ GO_FN float go_sqrt(float a) { return __fsqrt_rn(a); }
 GO_FN float go_of_int(int a) { return __int2float_rn(a); }
 GO_FN int go_to_int(float a) { return __float2int_rn(a); }  // to the nearest, of two the even one; NaN gives 0
 
+// The same as a signed byte: what is too large is the end.
+GO_FN int go_to_s8(float a) {
+    int r;
+    asm("cvt.rni.s8.f32 %0, %1;" : "=r"(r) : "f"(a));
+    return r;
+}
+
 GO_FN float go_of_h(u32 v) {
     float r;
     asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((u16)v));

@@ -484,6 +484,10 @@ GO_FN int go_to_int(float a) {
     if (a != a) return 0;
     return a >= 2147483648.0f ? 2147483647 : a < -2147483648.0f ? -2147483647 - 1 : int(nearbyintf(a));
 }
+GO_FN int go_to_s8(float a) {
+    int v = go_to_int(a);
+    return v < -128 ? -128 : v > 127 ? 127 : v;
+}
 GO_FN u32 go_and_or(u32 v, u32 mask, u32 bits) { return (v & mask) | bits; }
 GO_FN u32 go_bytes(u32 low, u32 high, u32 selector) {
     u64 both = u64(high) << 32 | low;

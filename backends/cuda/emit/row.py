@@ -40,6 +40,7 @@ class _Body:
         self.plan, self.out = plan, Writer()
         self.letter = "h" if plan.dtype == "float16" else "b"
         self.held = plan.stages[0] if plan.block else ()  # digits that a thread holds by now
+        self.shrink = 1 / math.sqrt(plan.block or 1)  # what makes a rotation of butterflies
 
     def written(self) -> Writer:
         plan = self.plan
@@ -201,7 +202,8 @@ class _Body:
                     self._butterflies(held.index(digit))
             turned.update(held)
             self.held = held
-        self._each(f"x[r][e] = go_mul(x[r][e], {literal(1 / math.sqrt(plan.block))});", active=False)
+        if plan.output == "half":  # else range and divisor tell it, once for all
+            self._each(f"x[r][e] = go_mul(x[r][e], {literal(self.shrink)});", active=False)
         if plan.signs and plan.transpose:
             self._flip()
 
@@ -238,34 +240,40 @@ class _Body:
         self._runs(*self._halves("y", "row + at", "x"))
 
     def _quantize(self) -> None:
-        """As `dynamic_scale` and `quantize` do: the range in float32, the scale rounded to halves, a true division."""
+        """As `dynamic_scale` and `quantize` do: the range in float32, the scale rounded to halves, a true division.
+
+        Rotated elements are still √block times too large: their range and divisor are so too.
+        """
         plan, letter = self.plan, self.letter
         least, most = (-128, 127) if plan.output == "int8" else (0, 255)
+        scaled = f"go_mul({{}}, {literal(self.shrink)})" if plan.block else "{}"
         if not plan.zero_points:
             self.out("u32 largest = 0u;")  # as bits, where NaN is larger than everything
             self._each("const u32 size = go_bits(go_abs(x[r][e]));", "largest = size > largest ? size : largest;")
             self._over_row("largest", "u32", "a > b ? a : b")
-            self.out("const float range = go_div(go_float(largest), 127.0f);")
+            self.out(f"const float range = {scaled.format('go_div(go_float(largest), 127.0f)')};")
             # The smallest normal number is the smallest scale; a row of zeros has 1.
             self.out(
                 "float step = range < go_float(0x00800000u) ? 1.0f : range;",
                 "step = largest >= 0x7f800000u ? go_float(0x7fffffffu) : step;",
+                f"step = go_of_{letter}(go_to_{letter}(step));",
             )
-            self.out(f"step = go_of_{letter}(go_to_{letter}(step));")
         else:
             self.out("float low = 0.0f, high = 0.0f;")
             self._each("low = go_min(low, x[r][e]);", "high = go_max(high, x[r][e]);")
             self._over_row("low", "float", "go_min(a, b)")
             self._over_row("high", "float", "go_max(a, b)")
-            self.out(f"float step = go_of_{letter}(go_to_{letter}(go_div(go_sub(high, low), 255.0f)));")
-            self.out("step = step == 0.0f ? 1.0f : step;")
-            start = f"go_sub({literal(least)}, go_div(low, step))"
-            self.out(f"const int zero = go_clamp(go_to_int({start}), {least}, {most});")
-        self.out("const float inverse = go_div(1.0f, step);")
-        steps = "go_to_int(go_div_by(x[r][{}], step, inverse))"
+            range_of = scaled.format("go_div(go_sub(high, low), 255.0f)")
+            self.out(f"float step = go_of_{letter}(go_to_{letter}({range_of}));", "step = step == 0.0f ? 1.0f : step;")
+        self.out(f"const float divisor = {f'go_div(step, {literal(self.shrink)})' if plan.block else 'step'};")
         if plan.zero_points:
-            steps = f"go_clamp({steps}, -512, 512) + zero"  # no overflow where the scale is too small for x
-        code = f"(u32)go_clamp({steps}, {least}, {most}) & 0xffu"
+            start = f"go_sub({literal(least)}, go_div(low, divisor))"
+            self.out(f"const int zero = go_clamp(go_to_int({start}), {least}, {most});")
+        self.out("const float inverse = go_div(1.0f, divisor);")
+        steps = "go_div_by(x[r][{}], divisor, inverse)"
+        code = f"(u32)go_to_s8({steps}) & 0xffu"
+        if plan.zero_points:  # cut first: no overflow where the scale is too small for x
+            code = f"(u32)go_clamp(go_clamp(go_to_int({steps}), -512, 512) + zero, {least}, {most}) & 0xffu"
         self._runs(*self._code_words(code))
         scale = f"go_store_u16(scale + go_block(), go_to_{letter}(step));"
         self.out("if (thread == 0) {", scale)

@@ -237,8 +237,9 @@ def _conversion(op: tuple[str, ...]) -> Function:
         return lambda a: arithmetic.narrowed(as_typed(a, "f32"), "float16" if target == "f16" else "bfloat16")
     if (target, source) in (("f32", "f16"), ("f32", "bf16")):
         return lambda a: as_bits(arithmetic.widened(a, "float16" if source == "f16" else "bfloat16"))
-    if target == "s32" and source == "f32" and "rni" in op:
-        return lambda a: as_bits(arithmetic.to_int(as_typed(a, "f32")))
+    if target in ("s32", "s8") and source == "f32" and "rni" in op:
+        low, high = (-128, 127) if target == "s8" else (-(2**31), 2**31 - 1)
+        return lambda a: as_bits(arithmetic.to_int(as_typed(a, "f32")).clip(low, high))
     if target == "f32":
         return lambda a: as_bits(as_typed(a, source).astype(np.float32))
     whole = {"u": _UNSIGNED, "s": _SIGNED, "b": _UNSIGNED}[target[0]][size_of(target)]

@@ -87,6 +87,7 @@ def _rows() -> list[tuple[RowPlan, int]]:
         )
         found.append((plan, 2))
     found.append((RowPlan(1024, "bfloat16", block=256, per_thread=16), 3))
+    found.append((RowPlan(512, block=128, output="uint8", zero_points=True, per_thread=16), 3))
     return found
 
 
