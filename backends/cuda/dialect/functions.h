@@ -1,6 +1,6 @@
 // Functions made of the dialect's own: the same text on device and host, so the same bits.
 
-GO_FN float go_neg(float a) { return go_float(go_bits(a) ^ 0x80000000u); }
+GO_FN float go_neg(float a) { return -a; }
 GO_FN float go_abs(float a) { return go_float(go_bits(a) & 0x7fffffffu); }
 // Where a or b is NaN, these give a NaN, as torch does.
 GO_FN float go_max(float a, float b) { return a > b || a != a ? a : b; }
