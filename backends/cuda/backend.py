@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,12 +12,14 @@ from torch import Tensor, fx
 
 from graphopt.backend import Timing
 from graphopt.backends.cuda.compiled import Compiled
-from graphopt.backends.cuda.partition import partition, products
+from graphopt.backends.cuda.halves import in_halves
+from graphopt.backends.cuda.partition import kernel_share, partition, products
 from graphopt.errors import GraphoptError
-from graphopt.ir import Program, retype
+from graphopt.ir import Program, Site
 from graphopt.progress import Progress, default_progress
 from graphopt.target import Target
 
+_WORTH = 0.5  # of the multiply-accumulates of linears and convolutions
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -39,7 +42,8 @@ class CudaBackend:
         """Return a callable that runs `program`, left as it is, with its regions as kernels.
 
         Args:
-            program: any. Where nothing in it becomes a kernel it runs as it is, in its own types.
+            program: any. Where kernels would compute less than half of what multiplies by weights, it runs as it is,
+                in its own types.
             dtype: of activations around kernels; by default bfloat16 for a program in it, else float16.
             device: where it runs; by default the current GPU, and the CPU where there is none: by torch, to look at it.
             graphs: capture each shape of inputs in a CUDA graph at its first call.
@@ -53,31 +57,23 @@ class CudaBackend:
         if half not in _TYPES:
             raise GraphoptError(f"kernels compute in float16 or bfloat16, not {half}")
         place, notes = self._device(device)
-        twin = program.clone()
-        reason = self._unsupported(place)
-        changes = None if reason else partition(twin, half)
-        if reason:
-            notes.append(f"nothing became a kernel: {reason}")
-        regions, kept = ([], []) if changes is None else (changes.touched, changes.skipped)
-        used = any(_is_kernel(node) for node in twin.graph.nodes)
-        if not used and not reason:
-            notes.append("nothing in this program becomes a kernel: torch runs all of it")
-        if used:
-            twin = retype(twin, _TYPES[half])
-        elif changes is not None:
-            twin = program.clone()
+        if reason := self._unsupported(place):
+            made = _Made(program.clone(), note=f"nothing became a kernel: {reason}")
+        else:
+            made = _with_kernels(program, half)
+        notes += [made.note] if made.note else []
         types = tuple(_dtype(node) for node in program.outputs)
         try:
-            twin = _moved(twin, place)
+            twin = _moved(made.program, place)
         except torch.OutOfMemoryError as error:
-            size = sum(weight.nbytes for weight in twin.weights.values())
+            size = sum(weight.nbytes for weight in made.program.weights.values())
             raise GraphoptError(f"the weights take {size / 1e9:.1f} GB, which {place} does not have free") from error
-        if tune and used and place.type == "cuda":
+        if tune and made.dtype is not None and place.type == "cuda":
             from graphopt.backends.cuda.tuning import tune_products
 
             count = tune_products(products(twin), place, progress or default_progress())
             notes.append(f"schedules of {count} products were measured")
-        return Compiled(twin, place, _TYPES[half] if used else None, regions, kept, notes, graphs, types)
+        return Compiled(twin, place, made.dtype, made.regions, made.kept, notes, graphs, types)
 
     def measure(self, paths: Mapping[str, Path], threads: int) -> dict[str, Timing]:
         """Compile programs (`.pt2`) that take the same inputs and time them in turns; see `timing.measure`.
@@ -117,8 +113,31 @@ class CudaBackend:
         return unsupported(place.index or 0)
 
 
-def _is_kernel(node: fx.Node) -> bool:
-    return node.op == "call_function" and "graphopt::cuda_" in str(getattr(node.target, "_schema", ""))
+@dataclass
+class _Made:
+    """A program with kernels, or as it was; see `Compiled` for the attributes."""
+
+    program: Program
+    dtype: torch.dtype | None = None
+    regions: list[Site] = field(default_factory=list)
+    kept: list[Site] = field(default_factory=list)
+    note: str = ""
+
+
+def _with_kernels(program: Program, half: Literal["float16", "bfloat16"]) -> _Made:
+    """Make kernels of what can be and compute in halves about them, where that is most of what weights multiply."""
+    twin = program.clone()
+    changes = partition(twin, half)
+    if not changes.touched:
+        note = "nothing in this program becomes a kernel: torch runs all of it"
+        return _Made(program.clone(), kept=changes.skipped, note=note)
+    share = kernel_share(program, twin)
+    if share < _WORTH:
+        note = (
+            f"kernels would compute {share:.0%} of what multiplies by weights: torch runs all of it, in its own types"
+        )
+        return _Made(program.clone(), kept=changes.skipped, note=note)
+    return _Made(in_halves(twin, _TYPES[half]), _TYPES[half], changes.touched, changes.skipped)
 
 
 def _mostly(program: Program) -> torch.dtype | None:

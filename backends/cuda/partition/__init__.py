@@ -1,5 +1,5 @@
 """A program in regions: which parts of it become kernels."""
 
-from graphopt.backends.cuda.partition.partition import partition, products
+from graphopt.backends.cuda.partition.partition import kernel_share, partition, products
 
-__all__ = ["partition", "products"]
+__all__ = ["kernel_share", "partition", "products"]

@@ -16,13 +16,13 @@ import math
 from collections.abc import Iterator
 from typing import cast
 
-from graphopt.analysis.cost import size_hint
+from graphopt.analysis.cost import node_macs, size_hint
 from graphopt.backends.cuda import operators
 from graphopt.backends.cuda.arithmetic import Float16
 from graphopt.backends.cuda.partition.linears import Linears
 from graphopt.backends.cuda.partition.rows import Rows
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, read_plan
-from graphopt.ir import Changes, Program, Rewriter
+from graphopt.ir import Changes, Program, Rewriter, operator
 
 
 def partition(program: Program, dtype: Float16) -> Changes:
@@ -31,6 +31,15 @@ def partition(program: Program, dtype: Float16) -> Changes:
     Linears(rewriter, dtype).rewrite()
     Rows(rewriter, dtype).rewrite()
     return rewriter.finish()
+
+
+def kernel_share(before: Program, after: Program) -> float:
+    """Return the share that kernels compute of the multiply-accumulates of linears and convolutions."""
+    whole, left = (
+        sum(node_macs(node) for node in program.graph.nodes if operator(node) == "linear" or "conv" in operator(node))
+        for program in (before, after)
+    )
+    return 1 - left / whole if whole else 1.0
 
 
 def products(program: Program) -> Iterator[tuple[LinearPlan | Int8Plan, int]]:

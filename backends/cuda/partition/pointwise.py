@@ -14,6 +14,8 @@ MOST_OPERANDS = 6  # of an expression
 _UNARY = {"relu", "sigmoid", "silu", "tanh", "neg", "abs", "exp", "sqrt"}
 _BINARY = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "maximum": "max", "minimum": "min"}
 
+_CLAMPS = {"clamp": ("min", "max"), "hardtanh": ("min_val", "max_val"), "relu6": ()}
+
 
 @dataclass
 class Pointwise:
@@ -67,13 +69,10 @@ def pointwise(node: fx.Node) -> tuple[str, list[Any]] | None:
         if named.get("alpha", 1) != 1 or named.get("rounding_mode") is not None:
             return None
         return f"{_BINARY[name]}({{0}}, {{1}})", [named["self"], named["other"]]
-    if name in ("clamp", "hardtanh", "relu6"):
-        low, high = (
-            (0, 6)
-            if name == "relu6"
-            else (named[k] for k in (("min", "max") if name == "clamp" else ("min_val", "max_val")))
-        )
-        text = "{0}"
-        text = text if low is None else f"max({text}, {float(low)!r})"
-        return (text if high is None else f"min({text}, {float(high)!r})"), [named["self"]]
+    if name in _CLAMPS:
+        ends = [0.0, 6.0] if name == "relu6" else [named[end] for end in _CLAMPS[name]]
+        if any(not isinstance(end, int | float | None) for end in ends):
+            return None  # bounds that are tensors
+        text = "{0}" if ends[0] is None else f"max({{0}}, {float(ends[0])!r})"
+        return (text if ends[1] is None else f"min({text}, {float(ends[1])!r})"), [named["self"]]
     return None

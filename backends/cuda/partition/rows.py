@@ -200,9 +200,8 @@ class _Row:
             self._affine.text = f"fma(x, {weight}, {bias})"
         elif weight or bias:
             self._affine.text = f"mul(x, {weight})" if weight else f"add(x, {bias})"
-        # Without one, rms_norm takes that of its type, which is to be halves.
-        own = torch.finfo(torch.float16 if self._fields["dtype"] == "float16" else torch.bfloat16).eps
-        eps = own if named["eps"] is None else float(named["eps"])
+        # Without one, rms_norm takes that of its type: as the program has it, not as the kernel reads it.
+        eps = float(torch.finfo(val.dtype).eps if named["eps"] is None else named["eps"])
         self._fields |= {"norm": _NORMS[operator(node)], "eps": eps, "affine": self._affine.text}
         self.inside.add(node)
         x: fx.Node = named["input"]

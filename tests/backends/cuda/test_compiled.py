@@ -114,6 +114,30 @@ def test_a_network_without_kernels_runs_as_it_is() -> None:
     assert any("convolutions" in site.reason for site in compiled.kept)
 
 
+def test_any_batch_of_a_program_with_an_open_dimension() -> None:
+    model = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64))
+    x = torch.randn(4, 5, 64)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = ({0: batch},)
+    result = graphopt.optimize(model, (x,), [_W4], calibration=[(x,)], dynamic_shapes=shapes)
+    compiled = result.compile("cuda", device="cpu")
+    assert len(compiled.regions) == 3
+    for count in (2, 7, 33):
+        y = torch.randn(count, 5, 64)
+        assert compiled(y).shape == (count, 5, 64) and (compiled(y) - result(y)).abs().max() < 5e-3
+
+
+def test_the_demo_network_falls_back_cleanly() -> None:
+    """One small linear of it could be a kernel; for that nothing is computed in halves."""
+    from graphopt.demo.network import ResidualCNN
+
+    inputs = (torch.rand(2, 3, 16, 16),)
+    result = graphopt.optimize(ResidualCNN().eval(), inputs, "int8_static", calibration=[inputs])
+    compiled = result.compile("cuda", device="cpu")
+    assert torch.equal(compiled(*inputs), result(*inputs)) and compiled.dtype is None and not compiled.regions
+    assert any("kernels would compute 0% of what multiplies by weights" in note for note in compiled.notes)
+
+
 class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
