@@ -1,8 +1,8 @@
 """A program in half precision that still means what it meant.
 
 Retyping alone would change three things: `rms_norm` without an epsilon takes that of its type; numbers that float16
-does not hold (a mask's -3.4e38) become infinite, and a row of minus infinities has no softmax; and torch refuses to fill
-a tensor of halves with them.
+does not hold (a mask's -3.4e38) become infinite, and a row of minus infinities has no softmax; and torch refuses to
+fill a tensor of halves with them.
 """
 
 from __future__ import annotations
