@@ -77,7 +77,7 @@ def quantized_weight(program: Program, node: object) -> Weight | str:
         shift = shift + found
     if (shift < 0).any() or (shift >= 1 << bits).any():
         return "a zero point is none of its codes"
-    whole = codes.numpy(force=True).astype(np.int64) + offset
+    whole = codes.numpy(force=True).astype(np.int16) + offset
     group = 0 if by_row.shape[1] == 1 else group
     if not chunk_for(bits, group):
         return f"groups of {group} inputs fit no fragment of the tensor cores"
