@@ -64,8 +64,20 @@ def test_one_scale_a_channel_reaches_least_squares() -> None:
     assert list(gains.values()) == [pytest.approx(best, rel=1e-2)]
 
 
-@pytest.mark.parametrize("grid", ["int3", "e2m1", "codebook2", "nf4"])
-@pytest.mark.parametrize("tune", ["blocks", "model"])
+@pytest.mark.parametrize(
+    ("grid", "tune"),
+    [
+        ("int3", "blocks"),
+        ("codebook2", "model"),
+        *(
+            pytest.param(grid, tune, marks=pytest.mark.slow)
+            for grid, tune in (
+                ("e2m1", "blocks"), ("codebook2", "blocks"), ("nf4", "blocks"),
+                ("int3", "model"), ("e2m1", "model"), ("nf4", "model"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_gains_on_a_decoder(grid: str, tune: str) -> None:
     module, batches = decoder()
     options = {"grid": grid, "group_size": 0 if grid.startswith("codebook") else 16, "sweeps": 0}

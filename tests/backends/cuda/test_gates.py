@@ -17,7 +17,6 @@ _PRODUCTS: list[tuple[LinearPlan | Int8Plan, int]] = [
     *((LinearPlan(8192, 8192, bits), 1) for bits in (2, 3, 4, 8)),
     (LinearPlan(8192, 8192, 4), 16),
     (LinearPlan(8192, 8192, 2, 64, zero_points=True, dtype="bfloat16"), 1),
-    (LinearPlan(57344, 8192, 4, paired=True, epilogue="mul(silu(acc), acc2)"), 1),
     (Int8Plan(4096, 4096), 1),
     (Int8Plan(4096, 4096, zero_points=True), 512),
 ]
@@ -29,7 +28,6 @@ _OTHERS: list[Plan] = [
     RowPlan(8192, block=8192, signs=True, output="int8", per_thread=64),
     RowPlan(4096, block=4096, output="int8", per_thread=32),
     DequantizePlan(8192, 8192),
-    DequantizePlan(8192, 8192, 3, dtype="bfloat16", zero_points=True),
 ]
 
 

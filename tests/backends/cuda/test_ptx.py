@@ -37,7 +37,8 @@ _INT8 = Int8Plan(33, 300)
         (_BRAIN, 'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low))',
          'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(low), "f"(high))'),
         (_ROW, "shfl.sync.bfly.b32 %0, %1, %2, 0x1f", "shfl.sync.bfly.b32 %0, %1, 1, 0x1f"),
-        (_ROW, "return __float2int_rn(a);", "return (int)a;"),
+        (_ROW, "cvt.rni.s8.f32", "cvt.rzi.s8.f32"),
+        (RowPlan(1024, output="int8", zero_points=True), "return __float2int_rn(a);", "return (int)a;"),
         (_INT8, "m16n8k32.row.col.s32.s8.s8.s32", "m16n8k32.row.col.s32.u8.s8.s32"),
     ],
 )  # fmt: skip

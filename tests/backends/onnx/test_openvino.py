@@ -99,7 +99,7 @@ def test_a_runtime_that_is_not_there_is_told_before_anything_is_timed(
 
 def test_a_backend_with_one_runtime_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
-        name = "other"
+        name, file = "other", "model.onnx"
 
     monkeypatch.setattr(bench, "backend_by_name", lambda name: Other())
     (tmp_path / "m.onnx").touch()
