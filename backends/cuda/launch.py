@@ -102,12 +102,12 @@ def _stream(handle: int) -> Any:
 def launch(plan: Plan, grid: tuple[int, int], arguments: dict[str, Tensor | int], device: torch.device) -> None:
     """Launch a plan's kernel on the current stream of a device, with arguments by the names of its parameters."""
     index = _index(device)
-    loaded = _loaded(plan, index)
-    values = [
-        ctypes.c_int(value) if isinstance(value, int) else value.data_ptr()
-        for value in (arguments[name] for name in loaded.parameters)
-    ]
     with torch.cuda.device(index):
+        loaded = _loaded(plan, index)
+        values = [
+            ctypes.c_int(value) if isinstance(value, int) else value.data_ptr()
+            for value in (arguments[name] for name in loaded.parameters)
+        ]
         stream = _stream(torch.cuda.current_stream(index).cuda_stream)
         _core().launch(stream, _config(grid, loaded.threads), loaded.kernel, *values)
 
@@ -120,9 +120,12 @@ def _ready(x: Tensor, what: str, dtype: torch.dtype | None = None) -> Tensor:
     return dense if dense.data_ptr() % _ALIGNED == 0 else dense.clone()
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _workspace(words: int, blocks: int, index: int, stream: int) -> tuple[Tensor, Tensor]:
-    """Return `partial` and `tickets` for launches of one stream, which come one after the other."""
+    """Return `partial` and `tickets` for launches of one stream, which come one after the other.
+
+    They are never freed: a captured graph goes on writing there.
+    """
     device = f"cuda:{index}"
     partial = torch.empty(words, dtype=torch.int32, device=device)
     return partial, torch.zeros(blocks, dtype=torch.int32, device=device)
