@@ -170,6 +170,17 @@ GO_FN u32 go_to_b(float v) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
     return r;
 }
+// Both of a word, the lower first.
+GO_FN void go_of_h2(u32 v, float& low, float& high) {
+    u16 a, b;
+    asm("mov.b32 {%0,%1}, %2;" : "=h"(a), "=h"(b) : "r"(v));
+    low = go_of_h(a);
+    high = go_of_h(b);
+}
+GO_FN void go_of_b2(u32 v, float& low, float& high) {
+    low = go_float(v << 16);
+    high = go_float(v & 0xffff0000u);
+}
 // Two floats in one word, the first below.
 GO_FN u32 go_to_h2(float low, float high) {
     u32 r;

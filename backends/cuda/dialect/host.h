@@ -462,6 +462,8 @@ GO_FN float go_of_h(u32 v) { return go_half_value(v); }
 GO_FN u32 go_to_h(float v) { return go_half_bits(v); }
 GO_FN float go_of_b(u32 v) { return go_float(v << 16); }
 GO_FN u32 go_to_b(float v) { return go_bfloat_bits(v); }
+GO_FN void go_of_h2(u32 v, float& low, float& high) { low = go_of_h(v), high = go_of_h(v >> 16); }
+GO_FN void go_of_b2(u32 v, float& low, float& high) { low = go_of_b(v & 0xffff), high = go_of_b(v >> 16); }
 GO_FN u32 go_to_h2(float low, float high) { return go_to_h(low) | go_to_h(high) << 16; }
 GO_FN u32 go_to_b2(float low, float high) { return go_to_b(low) | go_to_b(high) << 16; }
 

@@ -112,28 +112,24 @@ class _Body:
         plan = self.plan
         self._each("x[r][e] = 0.0f;", active=False)
         read = [line for name in names(plan.prologue) for line in self._read(name)]
-        value = emitted(plan.prologue, {name: self._element(name) for name in names(plan.prologue)}, plan.dtype)
+        value = emitted(plan.prologue, {name: f"{name}_f[e]" for name in names(plan.prologue)}, plan.dtype)
         body = ["GO_UNROLL", f"for (int e = 0; e < {plan.width}; e++) {{", f"x[r][e] = {value};", "}"]
         self._runs(*read, *body, *(self._halves("kept", "row + at", "x") if plan.keep else ()))
 
     def _read(self, name: str) -> list[str]:
-        """Return lines that load a run of an input's halves as words."""
+        """Return lines that load a run of an input as floats, `{name}_f[e]`."""
         place = "at" if is_vector(name) else "row + at"
-        width = self.plan.width
+        width, letter = self.plan.width, self.letter
         if width == 1:
-            return [f"const u32 {name}_w[1] = {{go_load_u16({name} + {place})}};"]
-        words = width // 2
-        source = f"(const u32*)({name} + {place})"
+            return [f"const float {name}_f[1] = {{go_of_{letter}(go_load_u16({name} + {place}))}};"]
+        words, source = width // 2, f"(const u32*)({name} + {place})"
+        lines = [f"float {name}_f[{width}];"]
         if words == 1:
-            return [f"const u32 {name}_w[1] = {{go_load1({source})}};"]
-        parts = ", ".join(f"{name}_v.{letter}" for letter in "xyzw"[:words])
-        return [
-            f"const u32x{words} {name}_v = go_load{words}({source});",
-            f"const u32 {name}_w[{words}] = {{{parts}}};",
-        ]
-
-    def _element(self, name: str) -> str:
-        return f"go_of_{self.letter}({name}_w[e / 2] >> 16 * (e % 2) & 0xffffu)"
+            return [*lines, f"go_of_{letter}2(go_load1({source}), {name}_f[0], {name}_f[1]);"]
+        lines.append(f"const u32x{words} {name}_v = go_load{words}({source});")
+        for i, part in enumerate("xyzw"[:words]):
+            lines.append(f"go_of_{letter}2({name}_v.{part}, {name}_f[{2 * i}], {name}_f[{2 * i + 1}]);")
+        return lines
 
     def _halves(self, target: str, place: str, value: str) -> list[str]:
         """Return lines that store a run of floats `value[r][…]` as halves."""
@@ -179,7 +175,7 @@ class _Body:
     def _affine(self) -> None:
         plan = self.plan
         vectors = [name for name in names(plan.affine) if name != "x"]
-        leaves = {"x": "x[r][e]", **{name: self._element(name) for name in vectors}}
+        leaves = {"x": "x[r][e]", **{name: f"{name}_f[e]" for name in vectors}}
         body = f"x[r][e] = {emitted(plan.affine, leaves, plan.dtype)};"
         read = [line for name in vectors for line in self._read(name)]
         self._runs(*read, "GO_UNROLL", f"for (int e = 0; e < {plan.width}; e++) {{", body, "}")
