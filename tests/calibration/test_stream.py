@@ -108,6 +108,7 @@ def test_the_exact_lane_does_not_see_quantized_activations() -> None:
     assert float((seen["one"][0] - data[0][0]).abs().max()) > 0.05
 
 
+@pytest.mark.slow
 def test_only_what_later_stages_read_is_kept() -> None:
     """Of a stack of blocks, between two stages: the stream that runs through, for each batch, whatever the depth."""
 

@@ -61,7 +61,7 @@ def test_the_journal_is_read_instead(tmp_path: Path) -> None:
     assert second.busy == 0.0 < first.busy
 
 
-@pytest.mark.parametrize("kind", ["die", "die always"])
+@pytest.mark.parametrize("kind", ["die", pytest.param("die always", marks=pytest.mark.slow)])
 def test_a_process_that_dies_costs_its_own_task_at_most(kind: str, tmp_path: Path) -> None:
     which = MANY[7]
     trouble = {"trouble": f"{kind}:{''.join(map(str, which))}", "marker": str(tmp_path / "once")}

@@ -133,6 +133,7 @@ def test_two_runs_give_the_same_text() -> None:
     assert str(apply(PASS, program)[0]) == str(apply(PASS, program)[0])
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_graph_and_no_faster() -> None:
     """Four times the nodes may take eight times as long, not sixteen; 1,000 nodes take about a third of a second."""
 

@@ -108,6 +108,7 @@ def test_cosine_is_the_mean_over_tokens() -> None:
         assert found[unit] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_with_exchanges_is_as_good_as_every_pair() -> None:
     worse = 0
     for seed in range(2):
