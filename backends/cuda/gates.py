@@ -57,19 +57,15 @@ def check(plan: Plan, architecture: str) -> Gate:
     failures = []
     if usage.spill_bytes or usage.stack_bytes:
         failures.append(f"{usage.spill_bytes} bytes spilled, a stack of {usage.stack_bytes}")
-    limit = min(65536 // _threads(plan), _MOST_REGISTERS)
+    limit = min(65536 // kernel.threads, _MOST_REGISTERS)
     if usage.registers > limit:
-        failures.append(f"{usage.registers} registers, of {limit} that a block of {_threads(plan)} threads may have")
+        failures.append(f"{usage.registers} registers, of {limit} that a block of {kernel.threads} threads may have")
     if usage.shared_bytes > min(SHARED_BYTES, getattr(plan, "shared_bytes", SHARED_BYTES)):
         failures.append(f"{usage.shared_bytes} bytes of shared memory, more than the plan says")
     failures += _linted(kernel, text)
     if found is not None and budget is not None and found > budget:
         failures.append(f"{found:.2f} instructions, over the budget of {budget}")
     return Gate(plan, architecture, usage, found, budget, tuple(failures))
-
-
-def _threads(plan: Plan) -> int:
-    return emit(plan).threads
 
 
 def _budget(plan: Plan) -> float | None:

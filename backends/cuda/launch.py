@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphopt.backends.cuda import nvrtc, reference
 from graphopt.backends.cuda.emit import emit
+from graphopt.backends.cuda.operands import Bytes
 from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan, is_vector
 from graphopt.backends.cuda.schedule import MOST_TOKENS, chosen, gpu_of, prefers_library
 from graphopt.errors import GraphoptError, first_line
@@ -182,37 +183,26 @@ def _by_library(
     sums = product.float()
     both = sums.chunk(2, dim=-1) if plan.paired else (sums,)
     named = dict(zip(("acc", "acc2"), both, strict=False))
-    shaped = [
-        each if is_vector(name) else each.reshape(len(x), -1) for name, each in zip(plan.inputs, inputs, strict=True)
-    ]
-    return reference.finished(plan, named, shaped, x.dtype)
+    return reference.finished(plan, named, _by_row(plan, inputs, len(x)), x.dtype)
 
 
-def int8(
-    plan: Int8Plan,
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    weights: Tensor,
-    scales: Tensor,
-    row_sums: Tensor | None,
-    inputs: Sequence[Tensor],
-) -> Tensor:
+def int8(plan: Int8Plan, given: Bytes, inputs: Sequence[Tensor]) -> Tensor:
     """Return y [..., n] for codes x [..., k]."""
+    x, index = given.x, _index(given.x.device)
     tokens = x.numel() // plan.k
-    y = torch.empty([*x.shape[:-1], plan.n], dtype=x_scale.dtype, device=x.device)
+    y = torch.empty([*x.shape[:-1], plan.n], dtype=given.x_scale.dtype, device=x.device)
     if tokens == 0:
         return y
     dense = _ready(x, "x", torch.int8 if plan.signed else torch.uint8)
-    if prefers_library(plan, tokens, gpu_of(_index(x.device))):
-        return int8_by_library(plan, dense, x_scale, x_zero_point, weights, scales, row_sums, inputs)
-    best = chosen(plan, tokens, gpu_of(_index(x.device)), _architecture(_index(x.device)))
+    if prefers_library(plan, tokens, gpu_of(index)):
+        return int8_by_library(plan, given._replace(x=dense), inputs)
+    best = chosen(plan, tokens, gpu_of(index), _architecture(index))
     arguments: dict[str, Tensor | int] = {
-        "weights": weights, "scales": scales, "x": dense, "x_scale": _ready(x_scale, "x_scale", _TYPES[plan.dtype]),
-        "y": y, "tokens": tokens,
+        "weights": given.weights, "scales": given.scales, "x": dense,
+        "x_scale": _ready(given.x_scale, "x_scale", _TYPES[plan.dtype]), "y": y, "tokens": tokens,
     }  # fmt: skip
-    if x_zero_point is not None and row_sums is not None:
-        arguments |= {"x_zero_point": _ready(x_zero_point, "x_zero_point"), "row_sums": row_sums}
+    if given.x_zero_point is not None and given.row_sums is not None:
+        arguments |= {"x_zero_point": _ready(given.x_zero_point, "x_zero_point"), "row_sums": given.row_sums}
     arguments |= _operands(plan, inputs) | _with_workspace(best, tokens, x.device)
     launch(best, best.grid(tokens), arguments, x.device)
     return y
@@ -221,30 +211,26 @@ def int8(
 _MATRICES: Any = WeakIdKeyDictionary()  # packed weights of bytes -> as the library reads them
 
 
-def int8_by_library(
-    plan: Int8Plan,
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    weights: Tensor,
-    scales: Tensor,
-    row_sums: Tensor | None,
-    inputs: Sequence[Tensor],
-) -> Tensor:
+def int8_by_library(plan: Int8Plan, given: Bytes, inputs: Sequence[Tensor]) -> Tensor:
     """Multiply bytes by the library, and dequantize its sums by torch; the unpacked weights are kept."""
-    if weights not in _MATRICES:
-        parts = weights.view(torch.int8).reshape(plan.layout.tiles, plan.layout.chunks, 2, 8, 4, 2, 2, 4)
+    if given.weights not in _MATRICES:
+        parts = given.weights.view(torch.int8).reshape(plan.layout.tiles, plan.layout.chunks, 2, 8, 4, 2, 2, 4)
         rows_of = parts.permute(0, 6, 3, 1, 4, 2, 5, 7).reshape(-1, plan.layout.padded_k)
-        _MATRICES[weights] = rows_of[: plan.n, : plan.k].contiguous()
-    flat = x.reshape(-1, plan.k)
+        _MATRICES[given.weights] = rows_of[: plan.n, : plan.k].contiguous()
+    flat = given.x.reshape(-1, plan.k)
     signed = flat if plan.signed else (flat ^ 128).view(torch.int8)
-    total = torch._int_mm(signed, _MATRICES[weights].T)
-    if x_zero_point is not None and row_sums is not None:
-        zero = x_zero_point.reshape(-1, 1).int() - (0 if plan.signed else 128)
-        total = total - zero * row_sums
-    acc = total.float() * x_scale.reshape(-1, 1).float() * scales.view(torch.float32)
-    shaped = [v if is_vector(name) else v.reshape(len(flat), -1) for name, v in zip(plan.inputs, inputs, strict=True)]
-    return reference.finished(plan, {"acc": acc}, shaped, x_scale.dtype).reshape(*x.shape[:-1], plan.n)
+    total = torch._int_mm(signed, _MATRICES[given.weights].T)
+    if given.x_zero_point is not None and given.row_sums is not None:
+        zero = given.x_zero_point.reshape(-1, 1).int() - (0 if plan.signed else 128)
+        total = total - zero * given.row_sums
+    acc = total.float() * given.x_scale.reshape(-1, 1).float() * given.scales.view(torch.float32)
+    y = reference.finished(plan, {"acc": acc}, _by_row(plan, inputs, len(flat)), given.x_scale.dtype)
+    return y.reshape(*given.x.shape[:-1], plan.n)
+
+
+def _by_row(plan: LinearPlan | Int8Plan, inputs: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """Return what the epilogue reads with tokens along one axis."""
+    return [v if is_vector(name) else v.reshape(tokens, -1) for name, v in zip(plan.inputs, inputs, strict=True)]
 
 
 def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[Tensor]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from graphopt.backends.cuda.layouts import TILE
 from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan
+
+
+class Bytes(NamedTuple):
+    """What a product of bytes reads: codes x [..., k] with a scale and maybe a zero point for each token or for all."""
+
+    x: Tensor
+    x_scale: Tensor
+    x_zero_point: Tensor | None
+    weights: Tensor
+    scales: Tensor
+    row_sums: Tensor | None
 
 
 def sizes(plan: LinearPlan | DequantizePlan | Int8Plan) -> dict[str, int]:

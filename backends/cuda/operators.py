@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.cuda import launch, reference
-from graphopt.backends.cuda.operands import sizes
+from graphopt.backends.cuda.operands import Bytes, sizes
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan, is_vector, read_plan
 from graphopt.errors import GraphoptError
 
@@ -115,6 +115,9 @@ def _check(x: Tensor, plan: LinearPlan | Int8Plan, inputs: Sequence[Tensor], **p
         count, elements = wanted.get(name, 0), 0 if tensor is None else tensor.numel()
         if count != elements:
             raise GraphoptError(f"{name} has {elements} elements; the kernel reads {count}")
+        kind = torch.int16 if name == "zeros" else torch.int32
+        if tensor is not None and (tensor.dtype != kind or not tensor.is_contiguous()):
+            raise GraphoptError(f"{name} is {tensor.dtype}, maybe in pieces; the kernel reads {kind} in one")
     _check_rest(x, plan.inputs, inputs, plan.outputs, [each for each in packed.values() if each is not None])
 
 
@@ -132,25 +135,25 @@ def _check_rest(
         raise GraphoptError(f"x is on {x.device} and an operand on {elsewhere[0]}; move them to one device")
 
 
-def _check_int8(
-    plan: Int8Plan, x: Tensor, x_scale: Tensor, x_zero_point: Tensor | None, inputs: Sequence[Tensor], **packed: Any
-) -> None:
-    _check(x, plan, inputs, **packed)
+def _check_int8(plan: Int8Plan, given: Bytes, inputs: Sequence[Tensor]) -> None:
+    x, zero = given.x, given.x_zero_point
+    _check(x, plan, inputs, weights=given.weights, scales=given.scales, row_sums=given.row_sums)
     count = x.numel() // plan.k if plan.by_token else 1
     kind = torch.int8 if plan.signed else torch.uint8
-    if x.dtype != kind or (x_zero_point is None) is plan.zero_points:
-        raise GraphoptError(
-            f"the kernel reads {kind} {'with' if plan.zero_points else 'without'} zero points, not {x.dtype}"
-        )
-    for name, value in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
+    if x.dtype != kind or (zero is None) is plan.zero_points or (zero is not None and zero.dtype != kind):
+        zeros = "with zero points like it" if plan.zero_points else "without zero points"
+        raise GraphoptError(f"the kernel reads {kind} {zeros}, not {x.dtype}")
+    for name, value in (("x_scale", given.x_scale), ("x_zero_point", zero)):
         if value is not None and value.numel() != count:
             raise GraphoptError(f"{name} has the shape {list(value.shape)}; the kernel reads {count} elements")
-    _check_rest(x, (), (), plan.n, [each for each in (x_scale, x_zero_point) if each is not None])
+    _check_rest(x, (), (), plan.n, [each for each in (given.x_scale, zero) if each is not None])
 
 
 def _check_rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> None:
     _check_inner(inputs[0], plan.n)
     _check_rest(inputs[0], plan.inputs, inputs, plan.n, [] if signs is None else [signs])
+    if signs is not None and (signs.dtype != torch.uint8 or not signs.is_contiguous()):
+        raise GraphoptError(f"signs are {signs.dtype}, maybe in pieces; the kernel reads bytes in one")
     if (0 if signs is None else signs.numel()) != (plan.n // 8 if plan.signs else 0):
         raise GraphoptError(f"the kernel reads {plan.n // 8 if plan.signs else 'no'} bytes of signs")
 
@@ -178,8 +181,9 @@ def _int8(
     plan: str,
 ) -> Tensor:
     found = _as_int8(plan)
-    _check_int8(found, x, x_scale, x_zero_point, inputs, weights=weights, scales=scales, row_sums=row_sums)
-    y: Tensor = _home(x).int8(found, x, x_scale, x_zero_point, weights, scales, row_sums, inputs)
+    given = Bytes(x, x_scale, x_zero_point, weights, scales, row_sums)
+    _check_int8(found, given, inputs)
+    y: Tensor = _home(x).int8(found, given, inputs)
     return y
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -24,7 +26,7 @@ MOST_THREADS = 1024
 COLUMNS = 8  # tokens that one product of tensor cores takes
 
 
-class _Product:
+class _Product(ABC):
     """What plans of matrix products have in common, made of their fields; see `emit/products.py`.
 
     Attributes:
@@ -44,8 +46,9 @@ class _Product:
     epilogue: str
 
     @property
+    @abstractmethod
     def layout(self) -> Any:
-        raise NotImplementedError
+        """Return where the weights lie."""
 
     @property
     def threads(self) -> int:
@@ -107,14 +110,25 @@ class _Product:
             raise ValueError(f"the epilogue reads {strange[0]}, which a linear does not have")
 
 
+@dataclass(frozen=True)
 class _Codes:
-    """What plans have in common that read weights of few bits, made of their fields."""
+    """What plans have in common that read weights of few bits.
 
-    n: int
-    k: int
-    bits: Any
-    group: int
-    paired: bool
+    Attributes:
+        n, k: outputs and inputs. bits: of a code. group: inputs that share a scale; 0: all of a row.
+        zero_points: whether each group has one; else the middle code, 2**(bits-1), stands for zero.
+        dtype: of activations. scale_dtype: of scales, which are read as they are.
+        paired: rows come in eights, alternately of two matrices.
+    """
+
+    n: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1)]
+    bits: Literal[2, 3, 4, 8] = 4
+    group: Annotated[int, Field(ge=0)] = 128
+    zero_points: bool = False
+    dtype: Float16 = "float16"
+    scale_dtype: Literal["float16", "float32"] = "float16"
+    paired: bool = field(default=False, kw_only=True)
 
     @property
     def layout(self) -> WeightLayout:
@@ -142,9 +156,7 @@ class LinearPlan(_Codes, _Product):
     for each group of warps, and k_blocks blocks share the inputs among themselves; slices are added in their order.
 
     Attributes:
-        n, k: outputs and inputs. bits: of a code. group: inputs that share a scale; 0: all of a row.
-        zero_points: whether each group has one; else the middle code, 2**(bits-1), stands for zero.
-        dtype: of activations. scale_dtype: of scales, which are read as they are.
+        n, k, bits, group, zero_points, dtype, scale_dtype: of the weights, see `_Codes`.
         columns: tokens in eights. rows: tiles of 16 outputs that a warp computes. token_blocks: for more tokens.
         row_warps, k_warps, k_blocks: see above. depth: chunks of weights that are on their way at a time.
         paired: rows come in eights, alternately of two matrices: `acc` is of the first, `acc2` of the second, and y has
@@ -154,13 +166,6 @@ class LinearPlan(_Codes, _Product):
 
     kind: ClassVar[str] = "linear"
 
-    n: Annotated[int, Field(ge=1)]
-    k: Annotated[int, Field(ge=1)]
-    bits: Literal[2, 3, 4, 8] = 4
-    group: Annotated[int, Field(ge=0)] = 128
-    zero_points: bool = False
-    dtype: Float16 = "float16"
-    scale_dtype: Literal["float16", "float32"] = "float16"
     columns: Literal[1, 2, 4, 8] = 1
     rows: Literal[1, 2, 4] = 1
     row_warps: Literal[1, 2, 4, 8] = 1
@@ -168,7 +173,6 @@ class LinearPlan(_Codes, _Product):
     k_blocks: Annotated[int, Field(ge=1, le=64)] = 1
     depth: Literal[1, 2, 4, 8] = 2
     token_blocks: bool = False
-    paired: bool = False
     epilogue: str = "acc"
 
     def __post_init__(self) -> None:
@@ -372,22 +376,13 @@ class DequantizePlan(_Codes):
     kind: ClassVar[str] = "dequantize"
     threads: ClassVar[int] = 128
 
-    n: Annotated[int, Field(ge=1)]
-    k: Annotated[int, Field(ge=1)]
-    bits: Literal[2, 3, 4, 8] = 4
-    group: Annotated[int, Field(ge=0)] = 128
-    zero_points: bool = False
-    dtype: Float16 = "float16"
-    scale_dtype: Literal["float16", "float32"] = "float16"
-    paired: bool = False
-
     def __post_init__(self) -> None:
         self._check_codes()
 
     @classmethod
     def of(cls, plan: LinearPlan) -> DequantizePlan:
         """Return the plan for the weights of another."""
-        return cls(plan.n, plan.k, plan.bits, plan.group, plan.zero_points, plan.dtype, plan.scale_dtype, plan.paired)
+        return cls(**{each.name: getattr(plan, each.name) for each in dataclass_fields(cls)})
 
     def grid(self) -> tuple[int, int]:
         return -(-self.layout.tiles * self.layout.chunks // (self.threads // 32)), 1

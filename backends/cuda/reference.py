@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.backends.cuda.expressions import computed
-from graphopt.backends.cuda.operands import unpack_linear
+from graphopt.backends.cuda.operands import Bytes, unpack_linear
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, RowPlan
 from graphopt.ir.dialect import dynamic_scale, hadamard, quantize
 
@@ -56,22 +56,16 @@ def finished(
     return computed(plan.epilogue, {**values, **sums}, dtype).to(dtype).contiguous()
 
 
-def int8(
-    plan: Int8Plan,
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor | None,
-    weights: Tensor,
-    scales: Tensor,
-    row_sums: Tensor | None,
-    inputs: Sequence[Tensor],
-) -> Tensor:
+def int8(plan: Int8Plan, given: Bytes, inputs: Sequence[Tensor]) -> Tensor:
     """Return y [..., n] for codes x [..., k]."""
-    codes = torch.from_numpy(plan.layout.unpack(_array(weights, np.uint32))[:, : plan.k].copy()).to(x.device)
+    codes = torch.from_numpy(plan.layout.unpack(_array(given.weights, np.uint32))[:, : plan.k].copy())
     # float64 holds every sum of products of bytes.
-    steps = x.double() if x_zero_point is None else x.double() - x_zero_point.double()
-    total = (steps @ codes.double().T).float()
-    return finished(plan, {"acc": total * x_scale.float() * scales.view(torch.float32)}, inputs, x_scale.dtype)
+    steps = given.x.double()
+    if given.x_zero_point is not None:
+        steps = steps - given.x_zero_point.double()
+    total = (steps @ codes.to(steps).T).float()
+    acc = total * given.x_scale.float() * given.scales.view(torch.float32)
+    return finished(plan, {"acc": acc}, inputs, given.x_scale.dtype)
 
 
 def rows(plan: RowPlan, inputs: Sequence[Tensor], signs: Tensor | None) -> list[Tensor]:

@@ -45,8 +45,8 @@ def _linears(count: int) -> Iterator[tuple[LinearPlan, int]]:
             plan = LinearPlan(
                 -(-n // 16) * 16 if paired else n, k, bits, group, zero_points, dtype, scales,
                 columns, draw.choice((1, 2, 4)) if columns < 4 else 1, draw.choice((1, 2)), draw.choice((1, 2, 4)),
-                draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 4)), 8 * columns < tokens, paired,
-                "mul(silu(acc), add(acc2, v0))" if paired else draw.choice(_EPILOGUES),
+                draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 4)), 8 * columns < tokens,
+                "mul(silu(acc), add(acc2, v0))" if paired else draw.choice(_EPILOGUES), paired=paired,
             )  # fmt: skip
         except ValueError:
             continue  # a group that this many bits have no layout for
@@ -102,7 +102,7 @@ _INT8 = [
     (Int8Plan(16, 64, columns=8, k_warps=1, depth=4, epilogue="add(acc, v0)"), 64),
 ]  # fmt: skip
 _DEQUANTIZE = [
-    (DequantizePlan(n, k, bits, group, zeros, dtype, scales, paired), 1)
+    (DequantizePlan(n, k, bits, group, zeros, dtype, scales, paired=paired), 1)
     for bits, (n, k, group, zeros, dtype, scales, paired) in itertools.product(_BITS, [
         (37, 300, 64, True, "float16", "float16", False),
         (48, 256, 0, False, "bfloat16", "float32", True),

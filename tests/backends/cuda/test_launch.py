@@ -13,6 +13,7 @@ from cuda_kernels import Case
 
 from graphopt.backends.cuda import arithmetic, launch, nvrtc, ptx, tuning
 from graphopt.backends.cuda.emit import emit
+from graphopt.backends.cuda.operands import Bytes
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, Plan, RowPlan
 from graphopt.backends.cuda.schedule import H200, ranked
 from graphopt.errors import GraphoptError
@@ -104,16 +105,15 @@ def test_bytes_and_rows(interpreted: list[Plan]) -> None:
     plan = Int8Plan(40, 640, zero_points=True, epilogue="add(acc, v0)")
     case = Case(plan, 5)
     given = case.given
-    got = launch.int8(
-        plan,
+    operands = Bytes(
         torch.from_numpy(given["x"]).view(torch.int8),
         _half(given["x_scale"], plan)[:, None],
         torch.from_numpy(given["x_zero_point"]).view(torch.int8)[:, None],
         _words(given["weights"]),
         _words(given["scales"]),
         _words(given["row_sums"]),
-        [_half(given["v0"], plan)],
     )
+    got = launch.int8(plan, operands, [_half(given["v0"], plan)])
     assert np.array_equal(_array(got), case.wanted["y"])
     rotated = RowPlan(
         256, norm="rms", affine="mul(x, v0)", block=64, signs=True, output="uint8", zero_points=True, per_thread=16
@@ -157,16 +157,15 @@ def test_bytes_by_the_library(plan: Int8Plan) -> None:
     halves = {
         name: torch.from_numpy(each.view(np.int16)).view(half) for name, each in given.items() if each_is_half(each)
     }
-    got = launch.int8_by_library(
-        plan,
+    operands = Bytes(
         torch.from_numpy(given["x"]).view(kind),
         halves["x_scale"].reshape(count),
         zero,
         torch.from_numpy(given["weights"].view(np.int32)),
         torch.from_numpy(given["scales"].view(np.int32)),
         sums,
-        [halves[name] for name in plan.inputs],
     )
+    got = launch.int8_by_library(plan, operands, [halves[name] for name in plan.inputs])
     wanted = arithmetic.widened(case.wanted["y"], plan.dtype)
     step = 2.0**-10 if plan.dtype == "float16" else 2.0**-7
     assert np.abs(got.float().numpy() - wanted).max() <= step * np.abs(wanted).max()

@@ -118,12 +118,14 @@ def _changed(arguments: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]
         (0, 3, None, "zeros has 0 elements"),
         (0, 4, [], "reads 1 operands, not 0"),
         (0, 4, [torch.zeros(3, dtype=torch.float16)], r"v0 has the shape \[3\]; the kernel reads 24 elements"),
-        (2, 0, torch.zeros(5, 300), "reads torch.int8 with zero points, not torch.float32"),
+        (2, 0, torch.zeros(5, 300), "reads torch.int8 with zero points like it, not torch.float32"),
         (2, 1, torch.zeros(4, 1), r"x_scale has the shape \[4, 1\]; the kernel reads 5 elements"),
         (2, 2, None, "with zero points"),
         (2, 5, torch.zeros(3, dtype=torch.int32), "row_sums has 3 elements; the kernel reads 37"),
         (4, 0, [torch.zeros(4, 256), torch.zeros(3, 256), torch.zeros(256)], r"in1 has the shape \[3, 256\]"),
         (5, 1, torch.zeros(31, dtype=torch.uint8), "reads 32 bytes of signs"),
+        (5, 1, torch.zeros(32, dtype=torch.int32), "signs are torch.int32"),
+        (2, 2, torch.zeros(5, 1, dtype=torch.int32), "with zero points like it"),
     ],
 )  # fmt: skip
 def test_operands_that_do_not_fit_the_plan_are_refused(of: int, at: int, value: Any, said: str) -> None:
@@ -136,3 +138,14 @@ def test_operands_that_do_not_fit_the_plan_are_refused(of: int, at: int, value: 
 def test_operands_on_another_device_are_refused() -> None:
     with pytest.raises(GraphoptError, match="x is on cpu and an operand on meta; move them to one device"):
         operators._check_rest(torch.zeros(2, 8), (), (), 8, [torch.zeros(3, device="meta")])
+
+
+@pytest.mark.parametrize(("of", "at"), [(0, 1), (0, 2), (0, 3), (2, 3), (2, 4), (2, 5)])
+def test_packed_operands_of_another_type_or_in_pieces_are_refused(of: int, at: int) -> None:
+    """As many elements of fewer bytes would be read beyond their end."""
+    operator, arguments, _ = _call(*_PLANS[of])
+    packed = arguments[at]
+    for other in (packed.to(torch.int8), packed.repeat_interleave(2)[::2]):
+        assert other.numel() == packed.numel()
+        with pytest.raises(GraphoptError, match="maybe in pieces; the kernel reads torch"):
+            operator(*_changed(arguments, at, other))

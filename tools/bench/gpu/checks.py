@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphopt.backends.cuda import arithmetic, launch, specification
-from graphopt.backends.cuda.operands import pack_int8, pack_linear, pack_signs
-from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan, is_vector
+from graphopt.backends.cuda import arithmetic, launch
+from graphopt.backends.cuda.cases import Arrays, Case
+from graphopt.backends.cuda.plan import DequantizePlan, Int8Plan, LinearPlan, Plan, RowPlan
 
-_POISON = 0x7FFD
 _PLANS: list[tuple[Plan, int]] = [
     *(
         (LinearPlan(300, 1034, bits, 64, bits == 3, dtype, k_blocks=2), 5)
@@ -45,91 +44,31 @@ _PLANS: list[tuple[Plan, int]] = [
 def checked() -> Iterator[tuple[Plan, str, bool]]:
     """Yield (plan, what was found, whether it is as it must be)."""
     for plan, tokens in _PLANS:
-        wanted, bound, got = _run(plan, tokens)
-        wrong = {name: int((got[name] != each).sum()) for name, each in wanted.items()}
-        if not any(wrong.values()):
+        case = Case(plan, tokens)
+        got = _launched(case)
+        wrong, bound = case.differences(got), case.bound()
+        if not wrong:
             yield plan, "the specification's bits", True
-            continue
-        if bound is None:
+        elif bound is None:
             yield plan, f"other bits: {wrong}", False
-            continue
-        values, exact = arithmetic.widened(got["y"], plan.dtype), arithmetic.widened(wanted["y"], plan.dtype)
-        step = np.abs(exact) * (2.0**-10 if plan.dtype == "float16" else 2.0**-7) + 1e-6
-        inside = bool((np.abs(values - exact) <= bound + step).all()) and bool(np.isfinite(values).all())
-        yield (
-            plan,
-            f"{wrong['y'] / exact.size:.1%} of bits differ, {'within' if inside else 'BEYOND'} the bound",
-            inside,
-        )
+        else:
+            values, exact = (arithmetic.widened(each["y"], plan.dtype) for each in (got, case.wanted))
+            step = np.abs(exact) * (2.0**-10 if plan.dtype == "float16" else 2.0**-7) + 1e-6
+            inside = bool((np.abs(values - exact) <= bound + step).all()) and bool(np.isfinite(values).all())
+            share = wrong["y"] / exact.size
+            yield plan, f"{share:.1%} of bits differ, {'within' if inside else 'BEYOND'} the bound", inside
 
 
-def _run(plan: Plan, tokens: int) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """Return what the specification gives, how far off tensor cores may be (None: not at all), what the GPU gives."""
-    random = np.random.default_rng(0)
-
-    def halves(*shape: int) -> Any:
-        return arithmetic.narrowed(random.normal(size=shape), plan.dtype)
-
-    given: dict[str, Any] = {}
-    bound = None
-    if isinstance(plan, LinearPlan | DequantizePlan):
-        groups = -(-plan.k // plan.group) if plan.group else 1
-        codes = random.integers(0, 1 << plan.bits, (plan.n, plan.k))
-        scale = random.uniform(0.01, 0.1, (plan.n, groups)).astype(np.float16).astype(np.float32)
-        zero = random.integers(0, 1 << plan.bits, (plan.n, groups)) if plan.zero_points else None
-        given = dict(pack_linear(plan, codes, scale, zero))
-        if isinstance(plan, DequantizePlan):
-            return (
-                {"y": specification.dequantize(plan, codes, scale, zero)},
-                None,
-                _launched(plan, given, (plan.n, plan.k), 1),
-            )
-        x = halves(tokens, plan.k)
-        operands = {
-            name: halves(plan.outputs) if is_vector(name) else halves(tokens, plan.outputs) for name in plan.inputs
-        }
-        wanted = {"y": specification.linear(plan, x, codes, scale, zero, operands)}
-        width = plan.group or plan.k
-        shift = np.repeat(zero, width, axis=1)[:, : plan.k] if zero is not None else 1 << (plan.bits - 1)
-        weight = ((codes - shift) * np.repeat(scale, width, axis=1)[:, : plan.k]).astype(np.float32)
-        bound = specification.linear_bound(plan, x, weight)
-        if plan.paired or plan.epilogue != "acc":
-            bound = np.full(wanted["y"].shape, 4 * float(bound.max()) + 1e-2)
-        return wanted, bound, _launched(plan, {**given, "x": x, **operands}, (tokens, plan.outputs), tokens)
-    if isinstance(plan, Int8Plan):
-        bytes_of = random.integers(-128, 128, (plan.n, plan.k)).astype(np.int8)
-        scales = random.uniform(0.001, 0.01, plan.n).astype(np.float32)
-        codes8 = random.integers(0, 256, (tokens, plan.k)).astype(np.uint8)
-        x_scale = arithmetic.narrowed(random.uniform(0.001, 0.01, tokens), plan.dtype)
-        zero8 = random.integers(0, 256, tokens).astype(np.uint8) if plan.zero_points else None
-        given = {**pack_int8(plan, bytes_of, scales), "x": codes8, "x_scale": x_scale, "x_zero_point": zero8}
-        wanted = {"y": specification.int8(plan, codes8, x_scale, zero8, bytes_of, scales)}
-        return wanted, None, _launched(plan, given, (tokens, plan.n), tokens)
-    operands = {name: halves(plan.n) if is_vector(name) else halves(tokens, plan.n) for name in plan.inputs}
-    signs = random.integers(0, 2, plan.n).astype(bool) if plan.signs else None
-    wanted = specification.row(plan, operands, signs)
-    given = {**operands, **({"signs": pack_signs(signs)} if signs is not None else {})}
-    return wanted, None, _launched(plan, given, wanted, tokens)
-
-
-def _launched(plan: Plan, given: dict[str, Any], written: Any, tokens: int) -> dict[str, Any]:
-    """Launch a plan with poisoned outputs and return what it wrote."""
+def _launched(case: Case) -> Arrays:
+    """Launch a case with poisoned outputs and return what it wrote."""
     device = torch.device("cuda", torch.cuda.current_device())
-    arguments: dict[str, Any] = {name: _tensor(each).to(device) for name, each in given.items() if each is not None}
-    shapes = written if isinstance(written, dict) else {"y": np.empty(written, np.uint16)}
-    outputs = {
-        name: _tensor(np.full(each.shape, _POISON, np.int64).astype(each.dtype)).to(device)
-        for name, each in shapes.items()
+    arguments, outputs = case.arguments()
+    given: dict[str, Any] = {
+        name: _tensor(each).to(device) if isinstance(each, np.ndarray) else each for name, each in arguments.items()
     }
-    grid = (tokens, 1)
-    if isinstance(plan, LinearPlan | Int8Plan):
-        arguments |= {"tokens": tokens, **launch._with_workspace(plan, tokens, device)}
-        grid = plan.grid(tokens)
-    elif isinstance(plan, DequantizePlan):
-        grid = plan.grid()
-    launch.launch(plan, grid, {**arguments, **outputs}, device)
+    launch.launch(case.plan, case.grid, given, device)
     torch.cuda.synchronize()
-    return {name: each.cpu().numpy().view(shapes[name].dtype) for name, each in outputs.items()}
+    return {name: given[name].cpu().numpy().view(each.dtype) for name, each in outputs.items()}
 
 
 def _tensor(array: Any) -> torch.Tensor:
