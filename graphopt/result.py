@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,9 +107,10 @@ class Result:
         if not hasattr(chosen, "compile"):
             raise GraphoptError(f"the backend {backend_name!r} writes files; use result.export(path)")
         try:
-            return chosen.compile(self.program, **options)
+            inspect.signature(chosen.compile).bind(self.program, **options)
         except TypeError as error:
             raise GraphoptError(f"the backend {backend_name!r} does not take these options: {error}") from error
+        return chosen.compile(self.program, **options)
 
     def explain(
         self,

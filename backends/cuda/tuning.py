@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from graphopt.backends.cuda.operands import sizes
 from graphopt.backends.cuda.plan import Int8Plan, LinearPlan, is_vector, plan_text
 from graphopt.backends.cuda.schedule import bucket, gpu_of, tune
 from graphopt.backends.cuda.timing import copies_of, replayed
+from graphopt.errors import GraphoptError, described
 from graphopt.progress import Progress
 
 Calls = list[Callable[[], object]]
@@ -25,10 +27,11 @@ class Trial:
 
     Attributes:
         plan: what is computed. tokens: how many. bytes: that a launch moves, weights, scales, x and y counted once.
+        failure: why the last schedule that did not run did not.
     """
 
     def __init__(self, plan: LinearPlan | Int8Plan, tokens: int, device: torch.device) -> None:
-        self.plan, self.tokens, self.device = plan, tokens, device
+        self.plan, self.tokens, self.device, self.failure = plan, tokens, device, ""
         half = torch.float16 if plan.dtype == "float16" else torch.bfloat16
         counts = sizes(plan)
         self.bytes = 4 * (counts["weights"] + counts["scales"]) + tokens * (plan.k + 2 * plan.outputs)
@@ -64,9 +67,9 @@ class Trial:
         """Return the time of a launch; infinity where the GPU does not take the schedule."""
         try:
             return replayed(self.calls(schedule), _REPLAYS)
-        except Exception:  # of the driver, in whatever type cuda.core gives it: another schedule will do
-            torch.cuda.synchronize()
-            return float("inf")
+        except Exception as error:  # of the driver, in whatever type cuda.core gives it: another schedule will do
+            self.failure = described(error)
+            return math.inf
 
 
 def _words(count: int, device: torch.device) -> Tensor:
@@ -76,10 +79,15 @@ def _words(count: int, device: torch.device) -> Tensor:
 def tuned(
     plan: Any, tokens: int, device: torch.device, most: int = 8, library: float | None = None
 ) -> tuple[Any, Trial]:
-    """Measure the best candidates by the model and remember them; return the fastest, and the trial that it ran in."""
+    """Measure the best candidates by the model and remember them; return the fastest, and the trial that it ran in.
+
+    Raises GraphoptError where none of them runs.
+    """
     trial = Trial(plan, tokens, device)
     index = launch._index(device)
-    best, _ = tune(plan, tokens, gpu_of(index), launch._architecture(index), trial.seconds, most, library)
+    best, seconds = tune(plan, tokens, gpu_of(index), launch._architecture(index), trial.seconds, most, library)
+    if seconds == math.inf:
+        raise GraphoptError(f"no schedule of a {plan.kind} product runs on this GPU: {trial.failure}")
     return best, trial
 
 

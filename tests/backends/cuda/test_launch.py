@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,3 +214,27 @@ def test_each_product_is_tuned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[tuple[LinearPlan | Int8Plan, int]] = [(small, 1), (small, 1), (small, 3), (small, 8), (other, 1)]
     assert tuning.tune_products(products, torch.device("cpu"), Silent()) == 3
     assert seen == [(small, 1), (small, 8), (other, 1)]
+
+
+@needs_nvrtc
+def test_where_no_schedule_runs_it_says_why(
+    interpreted: list[Plan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuses(*args: Any) -> float:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "replayed", refuses)
+    monkeypatch.setattr(tuning, "gpu_of", lambda index: H200)
+    with pytest.raises(GraphoptError, match=r"no schedule of a linear product runs on this GPU: .*illegal memory"):
+        tuning.tuned(LinearPlan(32, 64), 1, torch.device("cpu"), 2)
+
+
+def test_a_fault_inside_a_backend_is_no_mistake_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    import graphopt
+
+    x = (torch.randn(2, 8),)
+    result = graphopt.optimize(torch.nn.Linear(8, 8), x, "exact")
+    monkeypatch.setattr("graphopt.backends.cuda.backend._with_kernels", lambda *given: len(5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="has no len"):
+        result.compile("cuda", device="cpu")
